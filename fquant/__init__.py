@@ -1,0 +1,1 @@
+"""Quantization as pure functions over trees of tensors, composed with `torch.func`."""

@@ -1,0 +1,144 @@
+"""The op `fquant::sparse_conv_int8`: argument checks, fake impl, registration."""
+
+import torch
+from torch import Tensor
+
+from fquant_kernels.library import define_inference_op
+from fquant_kernels.conv_int8 import reference
+
+# |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
+MAX_PRODUCTS = 131_071
+OUT_DTYPES = (torch.int8, torch.float16, torch.float32)
+
+
+def _require(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[object, ...], like: Tensor
+) -> None:
+    where = f"fquant::sparse_conv_int8: {name} must"
+    if tensor.dtype != dtype:
+        raise TypeError(f"{where} be {dtype}, got {tensor.dtype}.")
+    if tensor.ndim != len(shape) or any(
+        isinstance(want, int | torch.SymInt) and have != want
+        for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{where} have shape {shape}, got {tuple(tensor.shape)}.")
+    if tensor.device != like.device:
+        raise ValueError(f"{where} be on {like.device} like features, got {tensor.device}.")
+
+
+def check_args(
+    features: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    """Checks dtypes, shapes and devices; reads no values."""
+    _require("features", features, torch.int8, ("N", "Cin"), features)
+    _require("weight", weight, torch.int8, ("Cout", "K", features.shape[1]), features)
+    num_out_channels, num_taps, num_channels = weight.shape
+    _require("neighbors", neighbors, torch.int32, (num_taps, "M"), features)
+    _require("scale", scale, torch.float32, (num_out_channels,), features)
+    if bias is not None:
+        _require("bias", bias, torch.float32, (num_out_channels,), features)
+    if (residual is None) != (residual_scale is None):
+        raise ValueError(
+            "fquant::sparse_conv_int8: residual and residual_scale must be given together, "
+            f"got residual {'absent' if residual is None else 'given'}, "
+            f"residual_scale {'absent' if residual_scale is None else 'given'}."
+        )
+    if residual is not None and residual_scale is not None:
+        out_shape = (neighbors.shape[1], num_out_channels)
+        _require("residual", residual, torch.int8, out_shape, features)
+        _require("residual_scale", residual_scale, torch.float32, (), features)
+    if num_taps * num_channels > MAX_PRODUCTS:
+        raise ValueError(
+            f"fquant::sparse_conv_int8: K * Cin must be at most {MAX_PRODUCTS}, so that int32 sums "
+            f"cannot overflow, got {num_taps} * {num_channels} = {num_taps * num_channels}."
+        )
+    if out_dtype is not None and out_dtype not in OUT_DTYPES:
+        raise TypeError(
+            f"fquant::sparse_conv_int8: out_dtype must be one of {OUT_DTYPES}, got {out_dtype}."
+        )
+
+
+def fake(
+    features: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Returns an empty result."""
+    out_shape = (neighbors.shape[1], weight.shape[0])
+    return features.new_empty(out_shape, dtype=torch.int8 if out_dtype is None else out_dtype)
+
+
+_op = define_inference_op(
+    "sparse_conv_int8(Tensor features, Tensor weight, Tensor neighbors, Tensor scale, "
+    "Tensor? bias=None, Tensor? residual=None, Tensor? residual_scale=None, bool relu=False, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    check_args,
+    reference.sparse_conv_int8,
+    fake,
+    instead="Train with fake quantization (fquant.fake_quantize around fquant.sparse.sparse_conv).",
+)
+
+
+def sparse_conv_int8(
+    features: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Returns the int8 sparse convolution with its epilogue, `(M, Cout)` of `out_dtype`.
+
+    `acc[m, o] = sum_k sum_c features[neighbors[k, m], c] * weight[o, k, c]` exactly in int32, then,
+    in float32 with every operation rounded on its own,
+
+        t = float(acc) * scale[o];  t = t + bias[o];  t = t + residual_scale * float(residual)
+        t = max(t, 0) if relu;      y = saturate(round_half_even(t), -128, 127)
+
+    With real values `x = s_x * q_x` and so on, `scale[o] = s_x * s_w[o] / s_y`, `bias[o] = b[o] / s_y`
+    and `residual_scale = s_r / s_y` make `s_y * y` the quantized convolution.
+
+    Args:
+        features: `(N, Cin)` int8, the input rows; N may be 0.
+        weight: `(Cout, K, Cin)` int8: KRSC with the kernel axes flattened.
+        neighbors: `(K, M)` int32 kernel map (`kernel_neighbors`), -1 for absent; values are not checked.
+        scale: `(Cout,)` float32, finite.
+        bias: `(Cout,)` float32, in output steps.
+        residual: `(M, Cout)` int8, added before the activation.
+        residual_scale: 0-d float32; given exactly when `residual` is.
+        relu: whether to clamp at 0 before rounding.
+        out_dtype: int8 (the default), or float16 or float32 for `t` unrounded.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape or device is not as above, or `K * Cin > 131071`.
+        RuntimeError: a derivative is asked for.
+
+    Example:
+        >>> features = torch.tensor([[10], [20]], dtype=torch.int8)
+        >>> weight = torch.tensor([[[1], [2]]], dtype=torch.int8)     # two taps, one channel
+        >>> neighbors = torch.tensor([[-1, 0], [0, 1]], dtype=torch.int32)
+        >>> sparse_conv_int8(features, weight, neighbors, torch.tensor([0.25])).T
+        tensor([[ 5, 12]], dtype=torch.int8)
+
+    References:
+        spconv 2.3.8, `quantized/conv.py`; cumm, `gemm/output_op/linear.py`, class Int8Inference.
+    """
+    return _op(features, weight, neighbors, scale, bias, residual, residual_scale, relu, out_dtype)
