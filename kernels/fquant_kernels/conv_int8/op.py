@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fquant_kernels.library import define_inference_op
 from fquant_kernels.conv_int8 import reference
+from fquant_kernels.library import define_inference_op
 
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
@@ -112,13 +112,13 @@ def sparse_conv_int8(
         t = float(acc) * scale[o];  t = t + bias[o];  t = t + residual_scale * float(residual)
         t = max(t, 0) if relu;      y = saturate(round_half_even(t), -128, 127)
 
-    With real values `x = s_x * q_x` and so on, `scale[o] = s_x * s_w[o] / s_y`, `bias[o] = b[o] / s_y`
-    and `residual_scale = s_r / s_y` make `s_y * y` the quantized convolution.
+    With real values `x = s_x * q_x` and so on, `scale[o] = s_x * s_w[o] / s_y`,
+    `bias[o] = b[o] / s_y` and `residual_scale = s_r / s_y` make `s_y * y` the quantized convolution.
 
     Args:
         features: `(N, Cin)` int8, the input rows; N may be 0.
         weight: `(Cout, K, Cin)` int8: KRSC with the kernel axes flattened.
-        neighbors: `(K, M)` int32 kernel map (`kernel_neighbors`), -1 for absent; values are not checked.
+        neighbors: `(K, M)` int32 kernel map (`kernel_neighbors`), -1 for absent; not range-checked.
         scale: `(Cout,)` float32, finite.
         bias: `(Cout,)` float32, in output steps.
         residual: `(M, Cout)` int8, added before the activation.

@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def accumulate(features: Tensor, weight: Tensor, neighbors: Tensor) -> Tensor:
-    """Returns the exact int32 sums `acc[m, o] = sum_k sum_c features[neighbors[k, m], c] * weight[o, k, c]`.
+    """Returns the exact int32 sums of products, `(M, Cout)`.
+
+        acc[m, o] = sum_k sum_c features[neighbors[k, m], c] * weight[o, k, c]
 
     Each product of an absent neighbor is 0. Summed in float64, which holds every partial sum
     exactly (they stay below 2^31 by `check_args`), because float64 matmul is fast everywhere.

@@ -2,7 +2,7 @@
 
 A convolution of `D` dimensions reads, for output voxel `o` and kernel offset `k`, the input voxel
 
-    i = o * stride - padding + k * dilation          (cross-correlation, as `torch.nn.functional.conv3d`)
+    i = o * stride - padding + k * dilation        (cross-correlation, as torch's `conv3d`)
 
 of the same batch element. A kernel map is the table of these reads, `neighbors` of shape
 `(K, M)`: row `j` of the inputs where voxel `i` is active, -1 where it is not. `K` counts the
@@ -59,7 +59,7 @@ def conv_output_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """Returns the output grid of a convolution: `(size + 2 padding - dilation (kernel - 1) - 1) // stride + 1`."""
+    """Returns the output grid: `(size + 2 padding - dilation (kernel - 1) - 1) // stride + 1`."""
     axes = zip(spatial_shape, kernel_size, stride, padding, dilation, strict=True)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
 
@@ -106,7 +106,10 @@ def transposed_conv_output_shape(
     dilation: Sequence[int],
     output_padding: Sequence[int],
 ) -> tuple[int, ...]:
-    """Returns `(size - 1) stride - 2 padding + dilation (kernel - 1) + output_padding + 1`, as torch has it."""
+    """Returns the output grid of a transposed convolution, by torch's formula.
+
+    (size - 1) stride - 2 padding + dilation (kernel - 1) + output_padding + 1
+    """
     axes = zip(spatial_shape, kernel_size, stride, padding, dilation, output_padding, strict=True)
     return tuple((n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, d, e in axes)
 
@@ -120,7 +123,7 @@ def transposed_conv_output_coords(
     dilation: Sequence[int],
     output_padding: Sequence[int],
 ) -> Tensor:
-    """Returns the voxels `i * stride - padding + k * dilation` inside the output grid, sorted by key."""
+    """Returns the voxels `i * stride - padding + k * dilation` in the output grid, sorted by key."""
     out_shape = transposed_conv_output_shape(
         spatial_shape, kernel_size, stride, padding, dilation, output_padding
     )
@@ -143,7 +146,7 @@ def kernel_neighbors(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Returns the table `neighbors`: for each offset and output voxel the input row it reads, or -1.
+    """Returns for each offset and output voxel the input row it reads, or -1.
 
     The formula is the module's. A submanifold convolution is the case `out_coords = coords`,
     `stride = 1`, `padding = kernel_size // 2 * dilation`.
@@ -181,7 +184,7 @@ def kernel_neighbors(
 
 
 def transpose_neighbors(neighbors: Tensor, num_inputs: int) -> Tensor:
-    """Returns the table of the transposed map: for each offset and input the output that reads it, or -1.
+    """Returns the transposed map: for each offset and input the output that reads it, or -1.
 
     At a fixed offset an input is read by at most one output, so the table is a partial permutation
     per offset and its transpose is one scatter. The transpose of the transpose is the table.
