@@ -2,14 +2,18 @@
 
 from fquant_kernels.kernel_map.reference import (
     conv_output_coords,
+    conv_output_shape,
     kernel_neighbors,
+    linear_keys,
     transpose_neighbors,
     transposed_conv_output_coords,
 )
 
 __all__ = [
     "conv_output_coords",
+    "conv_output_shape",
     "kernel_neighbors",
+    "linear_keys",
     "transpose_neighbors",
     "transposed_conv_output_coords",
 ]

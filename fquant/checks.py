@@ -1,0 +1,85 @@
+"""Argument checks shared by the public functions, with messages of one form.
+
+`{function}: {argument} must be {requirement}, got {value}.`
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """Whether the numbers in these tensors can be looked at here and now.
+
+    False under `torch.compile` and `torch.export`, inside `torch.func` transforms, and for tensors
+    without data (meta, fake): there, checks of values are left out and the formulas stand alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not any(
+        torch._C._functorch.is_functorch_wrapped_tensor(t) or t.is_meta or isinstance(t, FakeTensor)
+        for t in tensors
+    )
+
+
+def require_floating(function: str, argument: str, value: object) -> None:
+    """Raises TypeError unless `value` is a float16, bfloat16, float32 or float64 tensor."""
+    requirement = f"{function}: {argument} must be a floating-point tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{requirement}, got {type(value).__name__}.")
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{requirement}, got dtype {value.dtype}.")
+
+
+def as_broadcastable(
+    function: str, argument: str, value: Tensor | float, inputs: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Returns `value` as a tensor of `dtype` that broadcasts against `inputs`.
+
+    Raises:
+        TypeError: it is not a number or a real tensor.
+        ValueError: its shape does not broadcast to the shape of `inputs`, or its device is another
+            one (a tensor of one element may live on the CPU).
+    """
+    if isinstance(value, int | float):
+        return torch.full((), value, dtype=dtype, device=inputs.device)
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: {argument} must be a number or a real tensor, got {got}.")
+    if value.device != inputs.device and value.ndim > 0:
+        raise ValueError(
+            f"{function}: {argument} must be on {inputs.device} like the inputs, "
+            f"got a tensor on {value.device}."
+        )
+    leading = inputs.ndim - value.ndim
+    if leading < 0 or any(
+        have != 1 and have != want
+        for have, want in zip(value.shape, inputs.shape[leading:], strict=True)
+    ):
+        raise ValueError(
+            f"{function}: {argument} must have a shape that broadcasts to the inputs' "
+            f"{tuple(inputs.shape)}, got {tuple(value.shape)}."
+        )
+    return value.to(inputs.device, dtype)
+
+
+def compute_dtype(inputs: Tensor) -> torch.dtype:
+    """The dtype that arithmetic on `inputs` is done in: float32, or float64 for float64.
+
+    Half types are computed in float32, because compiled code would otherwise round less often
+    than eager code (12 % of bfloat16 values one step apart when it was tried).
+    """
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
+def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """Returns a / b correctly rounded, where either is a number.
+
+    torch computes `number / tensor` as `reciprocal * number`, and `tensor / number` likewise on
+    CUDA: one unit in the last place off, and different from device to device.
+    """
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    return torch.as_tensor(a, dtype=like.dtype, device=like.device) / torch.as_tensor(
+        b, dtype=like.dtype, device=like.device
+    )

@@ -1,0 +1,25 @@
+"""Observers: what is remembered of the tensors that pass a site, as pure functions on a state.
+
+An observer is a frozen description with four functions. A newcomer adds one as one file:
+
+    init()           -> state        the state that has seen nothing
+    update(state, x) -> state        after one more tensor
+    merge(a, b)      -> state        after what a saw, then what b saw
+    amax(state)      -> tensor       the range to quantize with; asking changes nothing
+
+States are NamedTuples of tensors. `init()` is the identity of `merge`, and
+`merge(update(init(), x), update(init(), y)) = update(update(init(), x), y)`, so calibration can be
+split over processes.
+"""
+
+from fquant.observers.base import Observer
+from fquant.observers.maximum import MaxObserver, MaxState
+from fquant.observers.moving_average import MovingAverageObserver, MovingAverageState
+
+__all__ = [
+    "MaxObserver",
+    "MaxState",
+    "MovingAverageObserver",
+    "MovingAverageState",
+    "Observer",
+]

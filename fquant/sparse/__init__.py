@@ -1,0 +1,24 @@
+"""Sparse tensors: point clouds and sparse images as records, convolved by pure functions.
+
+kernel_map = subm_map(x, kernel_size=3)                      once per geometry, outside compile
+y = subm_conv(x, weight, bias, kernel_map=kernel_map)        float, under any torch transform
+y = sparse_conv_int8(x, weight, bias, kernel_map=...)        int8, fused, no derivative
+"""
+
+from fquant.sparse.conv import sparse_conv, subm_conv
+from fquant.sparse.int8 import sparse_conv_int8
+from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map, transpose_map
+from fquant.sparse.pool import max_pool
+from fquant.sparse.tensor import SparseTensor
+
+__all__ = [
+    "KernelMap",
+    "SparseTensor",
+    "conv_map",
+    "max_pool",
+    "sparse_conv",
+    "sparse_conv_int8",
+    "subm_conv",
+    "subm_map",
+    "transpose_map",
+]

@@ -1,0 +1,181 @@
+"""`KernelMap`: which input cell meets which output cell under which kernel offset.
+
+Kernel maps depend on coordinates alone. Build them once, outside `torch.compile` and outside
+transforms, and hand them to every layer of the same geometry as an argument: then each layer's
+output shape follows from its inputs, and one compiled graph serves every number of cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import fquant_kernels
+from fquant_kernels.kernel_map import conv_output_shape
+from torch import Tensor
+
+from fquant.pytree import record, static
+from fquant.sparse.tensor import check_coords
+
+
+class Cells(Protocol):
+    """The cells of a grid: what a SparseTensor has, and a KernelMap for its outputs."""
+
+    @property
+    def coords(self) -> Tensor: ...
+    @property
+    def spatial_shape(self) -> tuple[int, ...]: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+@record
+class KernelMap:
+    """The reads of a convolution: output m reads, at offset k, input row `neighbors[k, m]`.
+
+    The input cell of output cell o at offset k is `o * stride - padding + k * dilation`, in the same
+    grid of the batch. spconv calls such a table indice pairs.
+
+    Attributes:
+        neighbors: `(K, M)` int32, -1 where the cell is not active; K runs over `kernel_size` in
+            row-major order.
+        in_coords: `(N, 1 + D)`, the cells it reads.
+        out_coords: `(M, 1 + D)`, the cells it writes.
+        in_shape: the grid of the inputs.
+        out_shape: the grid of the outputs.
+        batch_size: number of grids.
+        kernel_size: taps per axis.
+    """
+
+    neighbors: Tensor
+    in_coords: Tensor
+    out_coords: Tensor
+    in_shape: tuple[int, ...] = static()
+    out_shape: tuple[int, ...] = static()
+    batch_size: int = static()
+    kernel_size: tuple[int, ...] = static()
+
+    @property
+    def coords(self) -> Tensor:
+        """The output cells, so that a map can stand where the next level's cells are asked for."""
+        return self.out_coords
+
+    @property
+    def spatial_shape(self) -> tuple[int, ...]:
+        """The grid of the outputs."""
+        return self.out_shape
+
+
+def subm_map(
+    cells: Cells, kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1
+) -> KernelMap:
+    """Returns the map of a submanifold convolution: the outputs are the inputs, in their order.
+
+    Args:
+        cells: a SparseTensor, or a KernelMap for the cells it writes.
+        kernel_size: taps per axis, odd; one int for all axes or one per axis.
+        dilation: cells between taps.
+
+    Raises:
+        TypeError, ValueError: coords as in `SparseTensor.create`.
+        ValueError: kernel_size is even, or a size is not positive.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0]]]))
+        >>> subm_map(x, kernel_size=3).neighbors
+        tensor([[-1,  0],
+                [ 0,  1],
+                [ 1, -1]], dtype=torch.int32)
+    """
+    axes = len(cells.spatial_shape)
+    kernel = _per_axis("subm_map", "kernel_size", kernel_size, axes, 1)
+    spacing = _per_axis("subm_map", "dilation", dilation, axes, 1)
+    if any(k % 2 == 0 for k in kernel):
+        raise ValueError(
+            f"subm_map: kernel_size must be odd, so that a tap lies on the cell itself, got {kernel}."
+        )
+    check_coords("subm_map", cells.coords, cells.spatial_shape, cells.batch_size)
+    padding = tuple(k // 2 * d for k, d in zip(kernel, spacing, strict=True))
+    neighbors = fquant_kernels.kernel_neighbors(
+        cells.coords, cells.coords, cells.spatial_shape, kernel, (1,) * axes, padding, spacing
+    )
+    shape = cells.spatial_shape
+    return KernelMap(neighbors, cells.coords, cells.coords, shape, shape, cells.batch_size, kernel)
+
+
+def conv_map(
+    cells: Cells,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> KernelMap:
+    """Returns the map of a convolution: the outputs are all cells that read an active one.
+
+    Outputs are sorted by linear key. The output grid is torch's,
+    `(size + 2 padding - dilation (kernel - 1) - 1) // stride + 1`.
+
+    Args:
+        cells: a SparseTensor, or a KernelMap for the cells it writes.
+        kernel_size: taps per axis; this and the next, one int for all axes or one per axis.
+        stride: input cells per output cell.
+        padding: input cells of zeros before and after each axis.
+        dilation: cells between taps.
+
+    Raises:
+        TypeError, ValueError: coords as in `SparseTensor.create`.
+        ValueError: a size is out of range, or the output grid would be empty.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0, 0.0]]]))
+        >>> conv_map(x, kernel_size=2, stride=2).neighbors
+        tensor([[-1,  1],
+                [ 0, -1]], dtype=torch.int32)
+    """
+    axes = len(cells.spatial_shape)
+    kernel = _per_axis("conv_map", "kernel_size", kernel_size, axes, 1)
+    step = _per_axis("conv_map", "stride", stride, axes, 1)
+    border = _per_axis("conv_map", "padding", padding, axes, 0)
+    spacing = _per_axis("conv_map", "dilation", dilation, axes, 1)
+    shape = cells.spatial_shape
+    out_shape = conv_output_shape(shape, kernel, step, border, spacing)
+    if min(out_shape) < 1:
+        raise ValueError(
+            f"conv_map: kernel_size {kernel} with dilation {spacing} must fit the padded grid "
+            f"{shape}, got an output grid of {out_shape}."
+        )
+    check_coords("conv_map", cells.coords, shape, cells.batch_size)
+    out_coords = fquant_kernels.conv_output_coords(
+        cells.coords, shape, kernel, step, border, spacing
+    )
+    neighbors = fquant_kernels.kernel_neighbors(
+        cells.coords, out_coords, shape, kernel, step, border, spacing
+    )
+    return KernelMap(
+        neighbors, cells.coords, out_coords, shape, out_shape, cells.batch_size, kernel
+    )
+
+
+def transpose_map(kernel_map: KernelMap) -> KernelMap:
+    """Returns the map that reads where `kernel_map` writes: that of the inverse convolution.
+
+    Its outputs are the inputs of `kernel_map`, in their order; offsets are not flipped, as in
+    torch's transposed convolution. Transposing twice gives the map back.
+    """
+    m = kernel_map
+    neighbors = fquant_kernels.transpose_neighbors(m.neighbors, m.in_coords.shape[0])
+    return KernelMap(
+        neighbors, m.out_coords, m.in_coords, m.out_shape, m.in_shape, m.batch_size, m.kernel_size
+    )
+
+
+def _per_axis(
+    function: str, argument: str, value: int | Sequence[int], axes: int, smallest: int
+) -> tuple[int, ...]:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes or any(not isinstance(v, int) or v < smallest for v in values):
+        raise ValueError(
+            f"{function}: {argument} must be an int or {axes} ints of at least {smallest}, "
+            f"got {value!r}."
+        )
+    return values

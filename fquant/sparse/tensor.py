@@ -1,0 +1,148 @@
+"""`SparseTensor`: features at the active cells of a batch of regular grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from fquant_kernels.kernel_map import linear_keys
+from torch import Tensor
+
+from fquant.pytree import record, static
+from fquant.records import QTensor
+
+LARGEST_KEY = 2**63 - 1
+
+
+@record
+class SparseTensor:
+    """Rows of features with the grid cell each belongs to; cells without a row are zero.
+
+    The constructor stores what it is given, so that transforms may put any leaf in place;
+    `SparseTensor.create` checks, and so does everything that builds a kernel map.
+
+    Attributes:
+        features: `(N, C)` floating point, or a QTensor of that shape.
+        coords: `(N, 1 + D)` int32 or int64 rows `(batch, x_0, ..., x_{D-1})`, no row twice, D from
+            1 to 4; in any order, which every function that keeps the cells keeps too.
+        spatial_shape: the grid, D sizes.
+        batch_size: number of grids.
+    """
+
+    features: Tensor | QTensor
+    coords: Tensor
+    spatial_shape: tuple[int, ...] = static()
+    batch_size: int = static()
+
+    @classmethod
+    def create(
+        cls,
+        features: Tensor | QTensor,
+        coords: Tensor,
+        spatial_shape: Sequence[int],
+        batch_size: int,
+    ) -> SparseTensor:
+        """Returns the record after checking it.
+
+        Raises:
+            TypeError: coords is not an int32 or int64 tensor.
+            ValueError: features and coords differ in length; a shape or size does not fit; a row of
+                coords is negative, outside the grid or there twice; the grid has 2^63 cells or more.
+
+        Example:
+            >>> x = fquant.sparse.SparseTensor.create(
+            ...     torch.tensor([[1.0], [2.0]]), torch.tensor([[0, 0, 1], [0, 2, 2]]), (3, 3), 1
+            ... )
+            >>> x.to_dense()[0, 0]
+            tensor([[0., 1., 0.],
+                    [0., 0., 0.],
+                    [0., 0., 2.]])
+        """
+        shape = tuple(int(size) for size in spatial_shape)
+        check_coords("SparseTensor.create", coords, shape, batch_size)
+        if len(features.shape) != 2 or features.shape[0] != coords.shape[0]:
+            raise ValueError(
+                f"SparseTensor.create: features must have shape (N, C) with N = {coords.shape[0]} "
+                f"like coords, got {tuple(features.shape)}."
+            )
+        return cls(features, coords, shape, batch_size)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> SparseTensor:
+        """Returns the cells of `dense`, `(B, C, *spatial)`, where any channel is not zero.
+
+        Rows are sorted by linear key. Differentiable; the number of rows depends on values, so it
+        runs in eager code.
+
+        Raises:
+            ValueError: dense has no or more than 4 spatial axes.
+        """
+        if not 3 <= dense.ndim <= 6:
+            raise ValueError(
+                "SparseTensor.from_dense: dense must have shape (B, C, *spatial) with 1 to 4 "
+                f"spatial axes, got {tuple(dense.shape)}."
+            )
+        channels_last = dense.movedim(1, -1)
+        active = (channels_last != 0).any(dim=-1)
+        coords = active.nonzero()
+        return cls(channels_last[active], coords, tuple(dense.shape[2:]), dense.shape[0])
+
+    def to_dense(self) -> Tensor:
+        """Returns `(B, C, *spatial)` with the features in place and zeros elsewhere; differentiable.
+
+        Raises:
+            TypeError: the features are quantized; `fquant.dequantize` the record first.
+        """
+        if isinstance(self.features, QTensor):
+            raise TypeError("SparseTensor.to_dense: features must be a tensor, got QTensor.")
+        cells = self.batch_size * math.prod(self.spatial_shape)
+        keys = linear_keys(self.coords, self.spatial_shape)
+        flat = self.features.new_zeros(cells, self.features.shape[1])
+        flat = flat.index_put((keys,), self.features)
+        return flat.view(self.batch_size, *self.spatial_shape, -1).movedim(-1, 1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTensor:
+        """Returns the record with `function(features)` for features, for example `torch.relu`."""
+        return self.with_features(function(self.features))  # type: ignore[arg-type]  # or QTensor
+
+    def with_features(self, features: Tensor | QTensor) -> SparseTensor:
+        """Returns the record with other features at the same cells."""
+        return SparseTensor(features, self.coords, self.spatial_shape, self.batch_size)
+
+
+def check_coords(
+    function: str, coords: Tensor, spatial_shape: tuple[int, ...], batch_size: int
+) -> None:
+    """Raises unless coords are distinct cells of a grid whose linear keys fit int64."""
+    if not isinstance(coords, Tensor) or coords.dtype not in (torch.int32, torch.int64):
+        got = coords.dtype if isinstance(coords, Tensor) else type(coords).__name__
+        raise TypeError(f"{function}: coords must be an int32 or int64 tensor, got {got}.")
+    if not 1 <= len(spatial_shape) <= 4 or min(spatial_shape) < 1:
+        raise ValueError(
+            f"{function}: spatial_shape must be 1 to 4 positive sizes, got {spatial_shape}."
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{function}: batch_size must be a positive int, got {batch_size!r}.")
+    if coords.ndim != 2 or coords.shape[1] != 1 + len(spatial_shape):
+        raise ValueError(
+            f"{function}: coords must have shape (N, {1 + len(spatial_shape)}), the batch and one "
+            f"column per axis of spatial_shape {spatial_shape}, got {tuple(coords.shape)}."
+        )
+    if batch_size * math.prod(spatial_shape) > LARGEST_KEY:
+        raise ValueError(
+            f"{function}: batch_size * prod(spatial_shape) must be below 2^63, "
+            f"got {batch_size} * prod({spatial_shape})."
+        )
+    sizes = torch.tensor([batch_size, *spatial_shape], device=coords.device)
+    outside = ((coords < 0) | (coords >= sizes)).any(dim=1)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{function}: coords must lie in [0, {tuple(sizes.tolist())}), "
+            f"got row {coords[outside][0].tolist()}."
+        )
+    keys = linear_keys(coords, spatial_shape).sort()
+    repeated = keys.values[1:] == keys.values[:-1]
+    if bool(repeated.any()):
+        row = coords[keys.indices[1:][repeated][0]].tolist()
+        raise ValueError(f"{function}: coords must not repeat a row, got {row} twice.")
