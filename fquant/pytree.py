@@ -66,6 +66,8 @@ def record(cls: type[T]) -> type[T]:
         from_dumpable_context=_from_json,
         flatten_with_keys_fn=flatten_with_keys,
     )
+    # torch.load and torch.export.load rebuild only classes named safe, others by pickle at large.
+    torch.serialization.add_safe_globals([cls, *nested.values()])
     return cls
 
 

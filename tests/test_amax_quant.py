@@ -21,9 +21,8 @@ def test_documented_example():
     assert integers.tolist() == [126, 113, 127, 59, 11, 23, 47, 73, 43, 27]
     assert f"{scale.item():.4f}" == "128.0057"
     fake = fq.fake_tensor_quant(x, x.abs().max())
-    assert [f"{v:.4f}" for v in fake.tolist()] == (
-        ["0.9843", "0.8828", "0.9921", "0.4609", "0.0859", "0.1797", "0.3672", "0.5703", "0.3359", "0.2109"]
-    )
+    printed = "0.9843 0.8828 0.9921 0.4609 0.0859 0.1797 0.3672 0.5703 0.3359 0.2109"
+    assert " ".join(f"{v:.4f}" for v in fake.tolist()) == printed
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)

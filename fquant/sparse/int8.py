@@ -1,9 +1,9 @@
 """int8 sparse convolution on records, over `fquant_kernels.sparse_conv_int8`."""
 
-import fquant_kernels
 import torch
 from torch import Tensor
 
+import fquant_kernels
 from fquant.records import QTensor
 from fquant.sparse.conv import check_map, check_weight_shape, outputs
 from fquant.sparse.kernel_map import KernelMap
@@ -69,12 +69,11 @@ def sparse_conv_int8(
     check_weight_shape("sparse_conv_int8", x, tuple(weight.shape))
     check_map("sparse_conv_int8", x, weight.shape, kernel_map)
     num_outputs = weight.shape[0]
-    if weight.scale.numel() not in (1, num_outputs) or weight.scale.numel() != (
-        weight.scale.shape[0] if weight.scale.ndim else 1
-    ):
+    per_channel = (num_outputs, *[1] * (len(weight.shape) - 1))
+    if weight.scale.numel() != 1 and tuple(weight.scale.shape) != per_channel:
         raise ValueError(
             "sparse_conv_int8: weight.scale must have one step, or one per output channel in shape "
-            f"({num_outputs}, 1, ...), got {tuple(weight.scale.shape)}."
+            f"{per_channel}, got {tuple(weight.scale.shape)}."
         )
     step = features.scale.reshape(()) * weight.scale.reshape(-1)
     offset = bias

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import fquant_kernels
-from fquant_kernels.kernel_map import conv_output_shape
 from torch import Tensor
 
+import fquant_kernels
 from fquant.pytree import record, static
 from fquant.sparse.tensor import check_coords
+from fquant_kernels.kernel_map import conv_output_shape
 
 
 class Cells(Protocol):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from fquant_kernels.kernel_map import linear_keys
 from torch import Tensor
 
 from fquant.pytree import record, static
 from fquant.records import QTensor
+from fquant_kernels.kernel_map import linear_keys
 
 LARGEST_KEY = 2**63 - 1
 

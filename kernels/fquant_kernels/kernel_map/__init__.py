@@ -7,6 +7,7 @@ from fquant_kernels.kernel_map.reference import (
     linear_keys,
     transpose_neighbors,
     transposed_conv_output_coords,
+    transposed_conv_output_shape,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "linear_keys",
     "transpose_neighbors",
     "transposed_conv_output_coords",
+    "transposed_conv_output_shape",
 ]
