@@ -3,15 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fquant.pytree import record, static
 from fquant.spec import QuantSpec
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @record
@@ -38,7 +36,7 @@ class QTensor:
         return self.q.shape
 
 
-def lifts_to_features(function: F) -> F:
+def lifts_to_features(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a function of a tensor take a record with a `features` field as well.
 
     The record comes back with its features replaced and every other field as it was: quantizing
@@ -51,4 +49,4 @@ def lifts_to_features(function: F) -> F:
             return dataclasses.replace(x, features=function(x.features, *args, **kwargs))
         return function(x, *args, **kwargs)
 
-    return lifted  # type: ignore[return-value]  # same signature, wider first argument
+    return lifted

@@ -69,7 +69,7 @@ def test_max_is_the_amax_of_everything(tensors):
     everything = torch.cat([*tensors, torch.zeros(0, 3)])
     observer = fq.MaxObserver(axis=1)
     state = after(observer, tensors)
-    assert int(state.count) == everything.numel()
+    assert int(state.num_values) == everything.numel()
     if everything.numel():
         assert torch.equal(observer.amax(state), fq.compute_amax(everything, axis=1))
 
@@ -134,7 +134,7 @@ def test_calibrate_is_a_fold():
     )
     for other in (resumed, split):
         assert fq.observed_amax(other, observers) == amax
-    assert int(half["in"].count) == 2  # resuming wrote nothing into it
+    assert int(half["in"].num_values) == 2  # resuming wrote nothing into it
 
 
 def test_progress_bar_can_be_shown_and_hidden(capsys):

@@ -15,11 +15,11 @@ class MaxState(NamedTuple):
 
     Attributes:
         amax: running maximum of |x|; 0-d zero at first, then of `compute_amax`'s shape.
-        count: how many values were seen, int64, 0-d.
+        num_values: how many values were seen, int64, 0-d.
     """
 
     amax: Tensor
-    count: Tensor
+    num_values: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class MaxObserver:
     def update(self, state: MaxState, x: Tensor) -> MaxState:
         amax = compute_amax(x, self.axis)
         require_same_shape("MaxObserver.update", state.amax, amax)
-        return MaxState(torch.maximum(state.amax, amax), state.count + x.numel())
+        return MaxState(torch.maximum(state.amax, amax), state.num_values + x.numel())
 
     def merge(self, a: MaxState, b: MaxState) -> MaxState:
         require_same_shape("MaxObserver.merge", a.amax, b.amax)
-        return MaxState(torch.maximum(a.amax, b.amax), a.count + b.count)
+        return MaxState(torch.maximum(a.amax, b.amax), a.num_values + b.num_values)
 
     def amax(self, state: MaxState) -> Tensor:
-        require_seen("MaxObserver.amax", state.count)
+        require_seen("MaxObserver.amax", state.num_values)
         return state.amax

@@ -97,6 +97,7 @@ def convolve(
 ) -> SparseTensor:
     """Returns the convolution over a kernel map: gather the neighbors, then one matrix product."""
     check_map(function, x, weight.shape, kernel_map)
+    assert isinstance(x.features, Tensor)  # by check_conv_args
     gathered = gather_neighbors(x.features, kernel_map.neighbors, 0.0)  # (K, M, Cin)
     flat_weight = weight.flatten(1, -2)  # (Cout, K, Cin)
     y = torch.einsum("kmi,oki->mo", gathered, flat_weight)

@@ -10,7 +10,7 @@ by one more `TransformCase` in a list:
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def _same(case: TransformCase, actual: object, expected: object) -> None:
     assert_close(actual, expected, rtol=0.0, atol=case.atol, equal_nan=True)
 
 
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=BACKEND)
 
@@ -181,7 +181,7 @@ def _stacked_gradients(
 
 def jvp(case: TransformCase) -> None:
     tangents = tuple(_weights(a) for a in case.arguments)
-    _, actual = torch.func.jvp(case.function, case.arguments, tangents)
+    actual = torch.func.jvp(case.function, case.arguments, tangents)[1]
     jacobian = _jacobian(case)
     expected = sum(
         (j * t).sum(dim=tuple(range(j.ndim - t.ndim, j.ndim))) if t.ndim else j * t

@@ -41,7 +41,7 @@ def requantize(
     t = acc.to(torch.float32) * scale
     if bias is not None:
         t = t + bias
-    if residual is not None:
+    if residual is not None and residual_scale is not None:
         t = t + residual_scale * residual.to(torch.float32)
     if relu:
         t = t.clamp(min=0.0)
