@@ -123,6 +123,12 @@ def test_amax_of_each_group():
     assert fq.compute_amax(torch.zeros(0)).item() == 0
 
 
+def test_ties_go_to_even():
+    ties = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    assert fq.quantize(ties, 1.0).q.tolist() == [0, 2, 2, 0, -2, -2]
+    assert fq.fake_quantize(ties / 4, 0.25, 3).tolist() == [0, 0.5, 0.5, 0, -0.5, -0.5]
+
+
 def test_zero_amax_gives_scale_one():
     assert fq.compute_scale(torch.tensor([0.0, 1e-40, 254.0])).tolist() == [1, 1, 2]
 

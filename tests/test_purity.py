@@ -1,0 +1,116 @@
+"""No public function writes its inputs, the RNG, or any of torch's global settings."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import fquant as fq
+from fquant import sparse
+
+SPEC = fq.QuantSpec(narrow_range=True, axis=0)
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(6, 4, generator=GENERATOR)
+CELLS = sparse.SparseTensor.from_dense(torch.rand(1, 2, 5, 5, generator=GENERATOR).round())
+WEIGHT = torch.randn(3, 3, 3, 2, generator=GENERATOR)
+MAP = sparse.subm_map(CELLS, 3)
+PARAMS = {"w": WEIGHT, "b": torch.zeros(3)}
+SPECS = {"w": SPEC}
+OBSERVER = fq.MaxObserver()
+AVERAGE = fq.MovingAverageObserver()
+STATE, OTHER = (OBSERVER.update(OBSERVER.init(), x) for x in (X, X * 2))
+PAST = AVERAGE.update(AVERAGE.init(), X)
+Q = fq.quantize(X, 0.1)
+Q_CELLS, Q_WEIGHT = fq.quantize(CELLS, 0.1), fq.quantize_params(PARAMS, SPECS)["w"]
+STEP = torch.tensor(0.1)
+
+CALLS = {
+    "tensor_quant": lambda x: fq.tensor_quant(x, 2.0),
+    "fake_tensor_quant": lambda x: fq.fake_tensor_quant(x, 2.0),
+    "fake_affine_tensor_quant": lambda x: fq.fake_affine_tensor_quant(x, -1.0, 2.0),
+    "compute_amax": lambda x: fq.compute_amax(x, 0),
+    "compute_scale": lambda x: fq.compute_scale(x.abs()),
+    "compute_scale_zero_point": lambda x: fq.compute_scale_zero_point(x, x + 1),
+    "quantize": lambda x: fq.quantize(x, 0.1),
+    "fake_quantize": lambda x: fq.fake_quantize(x, 0.1, 3),
+    "straight_through": lambda x: fq.straight_through(x.round(), x),
+    "MaxObserver": lambda x: OBSERVER.update(STATE, x),
+    "MovingAverageObserver": lambda x: AVERAGE.update(PAST, x),
+}
+TREE_CALLS = {
+    "dequantize": (fq.dequantize, Q),
+    "split_floating": (
+        lambda tree: fq.split_floating(tree)[1]([t * 2 for t in fq.split_floating(tree)[0]]),
+        Q,
+    ),
+    "param_scales": (lambda p: fq.param_scales(p, SPECS), PARAMS),
+    "fake_quant_params": (lambda p: fq.fake_quant_params(p, SPECS), PARAMS),
+    "quantize_params": (lambda p: fq.quantize_params(p, SPECS), PARAMS),
+    "dequantize_params": (fq.dequantize_params, {"w": Q_WEIGHT}),
+    "merge": (lambda s: OBSERVER.merge(*s), (STATE, OTHER)),
+    "merge_stats": (
+        lambda s: fq.merge_stats({"s": s[0]}, {"s": s[1]}, {"s": OBSERVER}),
+        (STATE, OTHER),
+    ),
+    "calibrate": (
+        lambda s: fq.calibrate(lambda x: {"s": x}, [X], {"s": OBSERVER}, {"s": s}, progress=False),
+        STATE,
+    ),
+    "observed_amax": (lambda s: fq.observed_amax({"s": s}, {"s": OBSERVER}), STATE),
+    "to_dense": (lambda c: c.to_dense(), CELLS),
+    "subm_map": (lambda c: sparse.subm_map(c, 3), CELLS),
+    "conv_map": (lambda c: sparse.conv_map(c, 2, 2), CELLS),
+    "transpose_map": (sparse.transpose_map, MAP),
+    "subm_conv": (lambda t: sparse.subm_conv(t[0], t[1]["w"], t[1]["b"]), (CELLS, PARAMS)),
+    "sparse_conv": (lambda t: sparse.sparse_conv(t[0], t[1]["w"], t[1]["b"]), (CELLS, PARAMS)),
+    "max_pool": (lambda c: sparse.max_pool(c, 2), CELLS),
+    "sparse_conv_int8": (
+        lambda t: sparse.sparse_conv_int8(
+            t[0], t[1], t[2], kernel_map=t[3], output_scale=t[4], relu=True
+        ),
+        (Q_CELLS, Q_WEIGHT, PARAMS["b"], MAP, STEP),
+    ),
+}
+
+
+def global_state():
+    return (
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.overrides._get_current_function_mode_stack(),
+    )
+
+
+def assert_pure(function, tree):
+    leaves = pytree.tree_leaves(tree)
+    before = [leaf.clone() for leaf in leaves]
+    versions = [leaf._version for leaf in leaves]
+    structure, state = pytree.tree_structure(tree), global_state()
+    first, second = function(tree), function(tree)
+    for a, b in zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True):
+        assert torch.equal(a, b)
+    assert pytree.tree_structure(tree) == structure
+    assert [leaf._version for leaf in leaves] == versions
+    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(tree), before, strict=True))
+    assert global_state() == state
+
+
+@pytest.mark.parametrize("function", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensor_functions_are_pure(function, requires_grad):
+    assert_pure(function, X.clone().requires_grad_(requires_grad))
+
+
+@pytest.mark.parametrize(("function", "tree"), TREE_CALLS.values(), ids=TREE_CALLS.keys())
+def test_tree_functions_are_pure(function, tree):
+    assert_pure(function, tree)
+
+
+def test_the_check_fails_on_impure_functions():
+    with pytest.raises(AssertionError):
+        assert_pure(lambda x: x.mul_(1.0), X.clone())
+    with pytest.raises(AssertionError):
+        assert_pure(lambda x: x + torch.rand(()), X.clone())
