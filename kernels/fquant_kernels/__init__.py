@@ -4,6 +4,7 @@ Each op is a folder: `reference.py` is the definition, in plain torch, for any d
 checks arguments and registers it. This package knows nothing of records, trees or modules.
 """
 
+from fquant_kernels.backends import Backend, backends
 from fquant_kernels.conv_int8 import sparse_conv_int8
 from fquant_kernels.kernel_map import (
     conv_output_coords,
@@ -13,6 +14,8 @@ from fquant_kernels.kernel_map import (
 )
 
 __all__ = [
+    "Backend",
+    "backends",
     "conv_output_coords",
     "kernel_neighbors",
     "sparse_conv_int8",
