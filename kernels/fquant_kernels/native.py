@@ -19,6 +19,9 @@ ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni")
 FORCE_ISA = "FQUANT_CPU_ISA"
 LIBRARY = "libfquant_kernels.so"
 
+# Status codes of csrc/fquant_kernels.h.
+INDEX_OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2
+
 _P, _N = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fquant_isa_available": (c_int, [c_int]),
@@ -31,6 +34,16 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [c_int, _P, _N, _N, _P, _N, _P, _N, _N, _P, _P, _P, c_float, c_int, c_int, _P, _N],
     ),
     "fquant_conv_float": (c_int, [c_int, _P, _N, _N, _P, _N, _P, _N, _N, _P, _P, _N]),
+    "fquant_kernel_neighbors": (
+        c_int,
+        [c_int, _P, _N, _P, _N, c_int, _P, _P, _P, _P, _P, _P, _N],
+    ),
+    "fquant_transpose_neighbors": (c_int, [_P, _N, _N, _N, _P, _N]),
+    "fquant_output_keys": (
+        _P,
+        [c_int, _P, _N, c_int, _P, _P, _P, _P, _P, _P, c_int, POINTER(c_int64)],
+    ),
+    "fquant_take_coords": (None, [_P, c_int, c_int, _P, _P]),
     "fquant_peak": (c_int64, [c_int, c_int, _N, POINTER(c_int32)]),
 }
 
@@ -118,11 +131,11 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def raise_for(status: int, function: str) -> None:
     """Raises what a status code of the library stands for; 0 is success."""
-    if status == 1:
+    if status == INDEX_OUT_OF_RANGE:
         raise IndexError(
             f"{function}: neighbors must be below the number of input rows, got a larger index."
         )
-    if status == 2:
+    if status == OUT_OF_MEMORY:
         raise MemoryError(f"{function}: no memory for scratch buffers.")
     if status != 0:
         raise RuntimeError(f"{function}: the compiled kernel failed with status {status}.")
