@@ -102,6 +102,12 @@ def available_isas() -> tuple[str, ...]:
     return tuple(isa for i, isa in enumerate(ISAS) if library().fquant_isa_available(i))
 
 
+def describe_isas() -> str:
+    """Returns the instruction set in use and the others there are, in words."""
+    isas = available_isas()
+    return f"{isas[-1]} (of {', '.join(isas)})" if isas else ""
+
+
 def choose_isa(isa: str | None = None) -> int:
     """Returns the number of the instruction set to use.
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
-from fquant_kernels.backends import offer
 from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.library import define_inference_op
+from fquant_kernels.registry import offer
 
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
@@ -93,7 +93,15 @@ _op = define_inference_op(
     fake,
     instead="Train with fake quantization (fquant.fake_quantize around fquant.sparse.sparse_conv).",
 )
-offer(_op, "cpu", "cpp", check_args, cpu.sparse_conv_int8, native.why_unavailable)
+offer(
+    _op,
+    "cpu",
+    "cpp",
+    check_args,
+    cpu.sparse_conv_int8,
+    native.why_unavailable,
+    native.describe_isas(),
+)
 
 
 def sparse_conv_int8(

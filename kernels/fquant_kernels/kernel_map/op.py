@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
-from fquant_kernels.backends import offer
 from fquant_kernels.kernel_map import cpu, reference
 from fquant_kernels.library import define_inference_op
+from fquant_kernels.registry import offer
 
 MAX_DIMS = 8
 _GEOMETRY = "SymInt[] spatial_shape, int[] kernel_size, int[] stride, int[] padding, int[] dilation"

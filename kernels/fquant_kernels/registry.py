@@ -23,9 +23,13 @@ class Backend:
     name: str
     unavailable: str | None
     implementation: Callable[..., Any]
+    detail: str = ""
 
     def __str__(self) -> str:
-        state = "in use" if self.unavailable is None else f"not in use: {self.unavailable}"
+        if self.unavailable is None:
+            state = f"in use, {self.detail}" if self.detail else "in use"
+        else:
+            state = f"not in use: {self.unavailable}"
         return f"{self.op} on {self.device}, {self.name}: {state}"
 
 
@@ -39,6 +43,7 @@ def offer(
     check_args: Callable[..., None],
     implementation: Callable[..., Any],
     why_unavailable: Callable[[], str | None],
+    detail: str = "",
 ) -> None:
     """Registers an implementation for tensors of one device type, if it can run here.
 
@@ -50,11 +55,12 @@ def offer(
         implementation: same arguments and same results as the reference, bit for bit; imports
             optional packages inside, not at the top of its module.
         why_unavailable: returns the reason it cannot run, or None; called once, now.
+        detail: which variant of it runs here, for `backends()`.
     """
     reason = why_unavailable()
     if reason is None:
         register_backend(op, device, check_args, implementation)
-    _offered.append(Backend(op.name(), device, name, reason, implementation))
+    _offered.append(Backend(op.name(), device, name, reason, implementation, detail))
 
 
 def backends() -> list[Backend]:
