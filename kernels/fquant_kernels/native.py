@@ -1,7 +1,8 @@
 """The compiled CPU kernels: a C library beside this file, called through ctypes.
 
 The library has one path per instruction set and asks the processor which of them run. The
-environment variable `FQUANT_CPU_ISA`, read at every call, forces one of `ISAS`.
+environment variable `FQUANT_CPU_ISA`, read at every call, forces one of `ISAS`. `FQUANT_LIBRARY_FOLDER`, read
+at import, names a folder with another build of the library (`make sanitize` uses it).
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import fquant_kernels
 
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni")
 FORCE_ISA = "FQUANT_CPU_ISA"
+FOLDER = "FQUANT_LIBRARY_FOLDER"
 LIBRARY = "libfquant_kernels.so"
 
 # Status codes of csrc/fquant_kernels.h.
@@ -50,7 +52,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 def _paths() -> list[Path]:
     """Where the library may be: an editable install adds its folder to the package's path."""
-    return [Path(folder) / LIBRARY for folder in fquant_kernels.__path__]
+    given = os.environ.get(FOLDER)
+    folders = [given] if given else list(fquant_kernels.__path__)
+    return [Path(folder) / LIBRARY for folder in folders]
 
 
 @functools.cache
