@@ -2,7 +2,7 @@
 
 The library has one path per instruction set and asks the processor which of them run. The
 environment variable `FQUANT_CPU_ISA`, read at every call, forces one of `ISAS`. `FQUANT_LIBRARY_FOLDER`, read
-at import, names a folder with another build of the library (`make sanitize` uses it).
+when the package is imported, is a folder with another build of the library (for `make sanitize`).
 """
 
 import ctypes
