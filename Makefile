@@ -8,7 +8,7 @@ RUN := TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(CACHE)/matplot
        TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/.installed
 	$(RUN) $(BIN)/fquant demo $(ARGS)
@@ -35,6 +35,16 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 $(VENV)/.lint-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[lint]'
 	touch $@
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, by the tests of the kernels.
+SANITIZERS := $(foreach name,libasan.so libubsan.so,$$($(CXX) -print-file-name=$(name)))
+sanitize: $(VENV)/.installed
+	cmake -S kernels -B build/sanitize -DFQUANT_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	$(RUN) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 FQUANT_LIBRARY_FOLDER=build/sanitize \
+	  $(BIN)/python -m pytest -q tests/kernels/test_conv_int8_cpu.py \
+	  tests/kernels/test_kernel_map.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist

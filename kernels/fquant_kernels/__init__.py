@@ -4,17 +4,26 @@ Each op is a folder: `reference.py` is the definition, in plain torch, for any d
 checks arguments and registers it. This package knows nothing of records, trees or modules.
 """
 
+from fquant_kernels.conv_float import sparse_conv_float
 from fquant_kernels.conv_int8 import sparse_conv_int8
+from fquant_kernels.doctor import Check, check_neighbors, self_test
 from fquant_kernels.kernel_map import (
     conv_output_coords,
     kernel_neighbors,
     transpose_neighbors,
     transposed_conv_output_coords,
 )
+from fquant_kernels.registry import Backend, backends
 
 __all__ = [
+    "Backend",
+    "Check",
+    "backends",
+    "check_neighbors",
     "conv_output_coords",
     "kernel_neighbors",
+    "self_test",
+    "sparse_conv_float",
     "sparse_conv_int8",
     "transpose_neighbors",
     "transposed_conv_output_coords",

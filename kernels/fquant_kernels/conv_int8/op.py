@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from fquant_kernels.conv_int8 import reference
+from fquant_kernels import native
+from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.library import define_inference_op
+from fquant_kernels.registry import offer
 
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
@@ -91,6 +93,15 @@ _op = define_inference_op(
     fake,
     instead="Train with fake quantization (fquant.fake_quantize around fquant.sparse.sparse_conv).",
 )
+offer(
+    _op,
+    "cpu",
+    "cpp",
+    check_args,
+    cpu.sparse_conv_int8,
+    native.why_unavailable,
+    native.describe_isas(),
+)
 
 
 def sparse_conv_int8(
@@ -113,12 +124,12 @@ def sparse_conv_int8(
         t = max(t, 0) if relu;      y = saturate(round_half_even(t), -128, 127)
 
     With real values `x = s_x * q_x` and so on, `scale[o] = s_x * s_w[o] / s_y`,
-    `bias[o] = b[o] / s_y` and `residual_scale = s_r / s_y` make `s_y * y` the quantized convolution.
+    `bias[o] = b[o] / s_y` and `residual_scale = s_r / s_y`, `s_y * y` is the quantized convolution.
 
     Args:
         features: `(N, Cin)` int8, the input rows; N may be 0.
         weight: `(Cout, K, Cin)` int8: KRSC with the kernel axes flattened.
-        neighbors: `(K, M)` int32 kernel map (`kernel_neighbors`), -1 for absent; not range-checked.
+        neighbors: `(K, M)` int32 kernel map (`kernel_neighbors`), -1 for absent, below N.
         scale: `(Cout,)` float32, finite.
         bias: `(Cout,)` float32, in output steps.
         residual: `(M, Cout)` int8, added before the activation.
@@ -129,6 +140,7 @@ def sparse_conv_int8(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape or device is not as above, or `K * Cin > 131071`.
+        IndexError: an entry of neighbors is N or more (checked on CPU only: there it is free).
         RuntimeError: a derivative is asked for.
 
     Example:

@@ -1,6 +1,6 @@
 """Kernel maps: which input voxel meets which output voxel under which kernel offset."""
 
-from fquant_kernels.kernel_map.reference import (
+from fquant_kernels.kernel_map.op import (
     conv_output_coords,
     conv_output_shape,
     kernel_neighbors,

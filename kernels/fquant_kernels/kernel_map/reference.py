@@ -123,7 +123,7 @@ def transposed_conv_output_coords(
     dilation: Sequence[int],
     output_padding: Sequence[int],
 ) -> Tensor:
-    """Returns the voxels `i * stride - padding + k * dilation` in the output grid, sorted by key."""
+    """Returns the voxels `i * stride - padding + k * dilation` in the output grid, by key."""
     out_shape = transposed_conv_output_shape(
         spatial_shape, kernel_size, stride, padding, dilation, output_padding
     )

@@ -1,0 +1,1 @@
+"""Benches: one file per question; `python -m benches` lists and runs them."""

@@ -1,0 +1,104 @@
+"""How fast are kernel maps on CPU, against spconv's, and how do they grow with the voxels?
+
+Run by `python -m benches kernel_map [--quick]`. Voxels are unsorted, as a sensor gives them.
+"""
+
+import argparse
+import math
+from typing import Any
+
+import fquant_kernels
+import torch
+from fquant_kernels.kernel_map import reference
+from torch import Tensor
+
+from benches import harness, scenes
+
+SUBM = ([3, 3, 3], [1, 1, 1], [1, 1, 1], [1, 1, 1])
+STRIDED = ([3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1])
+
+
+def submanifold(scene: scenes.Scene) -> Tensor:
+    coords = scene.coords
+    return fquant_kernels.kernel_neighbors(coords, coords, scene.spatial_shape, *SUBM)
+
+
+def strided(scene: scenes.Scene) -> Tensor:
+    out_coords = fquant_kernels.conv_output_coords(scene.coords, scene.spatial_shape, *STRIDED)
+    shape = scene.spatial_shape
+    return fquant_kernels.kernel_neighbors(scene.coords, out_coords, shape, *STRIDED)
+
+
+def spconv_map(scene: scenes.Scene, geometry: Any, is_submanifold: bool) -> Any:
+    from spconv.core import ConvAlgo
+    from spconv.pytorch import ops
+
+    shape = list(scene.spatial_shape)
+    none = [0, 0, 0]
+    return ops.get_indice_pairs(
+        scene.coords, 1, shape, ConvAlgo.Native, *geometry, none, is_submanifold
+    )
+
+
+def bench(scene: scenes.Scene, package: Any, rounds: int) -> float:
+    table = submanifold(scene)
+    coords, shape = scene.coords, scene.spatial_shape
+    assert torch.equal(table, reference.kernel_neighbors(coords, coords, shape, *SUBM))
+    pairs, count = int((table >= 0).sum()), coords.shape[0]
+    runs: dict[str, harness.Run] = {
+        "subm": lambda: submanifold(scene),
+        "strided": lambda: strided(scene),
+        "transpose": lambda: fquant_kernels.transpose_neighbors(table, count),
+    }
+    if package is not None:
+        found = spconv_map(scene, SUBM, True)[2]  # of opposite offsets one is counted
+        assert 2 * int(found[:13].sum()) + count == pairs
+        runs["spconv_subm"] = lambda: spconv_map(scene, SUBM, True)
+        runs["spconv_strided"] = lambda: spconv_map(scene, STRIDED, False)
+    times = harness.interleaved(runs, rounds)
+    row: dict[str, Any] = {"scene": scene.name, "N": count, "taps": pairs / count}
+    for name, timing in times.items():
+        row[f"{name}_ms"] = timing.median * 1e3
+    row["Mvoxel/s"] = count / times["subm"].median / 1e6
+    if package is not None:
+        row["subm_over_spconv"] = times["subm"].ratio(times["spconv_subm"])
+        row["strided_over_spconv"] = times["strided"].ratio(times["spconv_strided"])
+    harness.report(row)
+    return times["subm"].median
+
+
+def growth(rounds: int) -> None:
+    """Time against N: one dense cloud, and the first N voxels of it in random order."""
+    cloud = scenes.synthetic("nuscenes", sweeps=70)
+    random = torch.Generator().manual_seed(0)
+    order = torch.randperm(cloud.coords.shape[0], generator=random)
+    sizes = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= order.shape[0]]
+    points = []
+    for size in sizes:
+        # The voxels nearest the start of the scan, so that smaller clouds are not sparser ones.
+        coords = cloud.coords[:size][torch.randperm(size, generator=random)].contiguous()
+        part = scenes.Scene(f"part-{size}", coords, cloud.spatial_shape)
+        points.append((size, bench(part, None, rounds)))
+    if len(points) > 1:
+        (first, start), (last, end) = points[-2], points[-1]
+        exponent = math.log(end / start) / math.log(last / first)
+        harness.report({"from": first, "to": last, "exponent": exponent})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one scene, three rounds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    package = harness.spconv()
+    harness.report(harness.machine())
+    rounds = 3 if options.quick else 9
+    chosen = [scenes.synthetic(name) for name in scenes.SENSORS] + scenes.real()
+    for scene in chosen[:1] if options.quick else chosen:
+        bench(scene, package, rounds)
+    if not options.quick:
+        growth(rounds)
+
+
+if __name__ == "__main__":
+    main()

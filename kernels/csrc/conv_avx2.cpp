@@ -1,0 +1,60 @@
+// AVX2 path: vpmaddwd of int16 pairs, exact. (vpmaddubsw would be faster, but saturates at int16.)
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "conv.h"
+
+namespace fquant {
+namespace {
+
+#include "conv_avx2.h"
+
+struct Int8Traits : Int8Base {
+  using Staged = int16_t;
+  using Weight = int16_t;
+  static constexpr int64_t kGroup = 2;
+  static constexpr bool kUnsigned = false, kStage = true;
+  static constexpr int rows(int vectors) { return vectors == 2 ? 5 : 8; }
+  static W load_weight(const Weight* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static __m256i broadcast(const Staged* p) { return broadcast4(p); }
+  static V dot(V acc, W w, __m256i x) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x)); }
+  static void stage_row(Staged* to, const Elem* from, int64_t channels, int64_t width) {
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
+    for (int64_t c = channels; c < width; ++c) to[c] = 0;
+  }
+};
+
+struct FloatTraits {
+  using Elem = float;
+  using Staged = float;
+  using Weight = float;
+  using Acc = float;
+  using V = __m256;
+  using W = __m256;
+  static constexpr int64_t kLanes = 8, kGroup = 1;
+  static constexpr int kTileVectors = 2;
+  static constexpr bool kUnsigned = false, kStage = false;
+  static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
+  static V load(const Acc* p) { return _mm256_loadu_ps(p); }
+  static void store(Acc* p, V v) { _mm256_storeu_ps(p, v); }
+  static W load_weight(const Weight* p) { return _mm256_loadu_ps(p); }
+  static __m256 broadcast(const Staged* p) { return _mm256_set1_ps(*p); }
+  static V dot(V acc, W w, __m256 x) { return _mm256_fmadd_ps(w, x, acc); }
+  static void stage_row(Staged*, const Elem*, int64_t, int64_t) {}
+  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
+                     int64_t count) {
+    V t = load(acc);
+    if (a.bias != nullptr) t = _mm256_add_ps(t, _mm256_loadu_ps(a.bias + channel));
+    Float::store(static_cast<float*>(a.out) + at, t, count);
+  }
+};
+
+}  // namespace
+
+extern const ConvPath conv_int8_avx2 = make_path<Int8Traits>(nullptr);
+extern const ConvPath conv_float_avx2 = make_path<FloatTraits>(nullptr);
+
+}  // namespace fquant

@@ -1,0 +1,146 @@
+// AVX-512 path: vpdpbusd of unsigned weights (w + 128) and signed inputs, exact in wrapping int32.
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "conv.h"
+
+namespace fquant {
+namespace {
+
+// Appends the present entries of one tap to the list; returns how many.
+inline int64_t compact(const int32_t* table, int64_t rows, int64_t inputs, int32_t* index,
+                       uint8_t* row, bool* in_range) {
+  const int64_t most = INT32_MAX;
+  const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(min64(inputs, most)));
+  __m512i ids = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i step = _mm512_set1_epi32(16);
+  __mmask16 wrong = 0;
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t left = rows - r;
+    const __mmask16 live = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    _mm_prefetch(reinterpret_cast<const char*>(table + r) + kBlockRows * 4, _MM_HINT_T0);
+    const __m512i entry = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), live, table + r);
+    const __mmask16 present = _mm512_cmplt_epu32_mask(entry, limit);
+    wrong |= _mm512_cmpge_epi32_mask(entry, limit);
+    // Compressing in a register: compressing to memory is microcoded on Zen 4.
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(present, entry));
+    const __m512i kept = _mm512_maskz_compress_epi32(present, ids);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + count), _mm512_cvtepi32_epi8(kept));
+    count += __builtin_popcount(present);
+    ids = _mm512_add_epi32(ids, step);
+  }
+  if (wrong != 0) *in_range = false;
+  return count;
+}
+
+#include "conv_body.h"
+
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+struct Float {
+  using V = __m512;
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V relu(V a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }  // a NaN stays
+  static V load_int8(const int8_t* p, int64_t count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(count), p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  static void store_int8(int8_t* p, V t, int64_t count) {
+    t = _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(-128.0f)), _mm512_set1_ps(127.0f));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(t));
+    _mm_mask_storeu_epi8(p, first_lanes(count), bytes);
+  }
+  static void store_half(uint16_t* p, V t, int64_t count) {
+    const __m256i half = _mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(p, first_lanes(count), half);
+  }
+  static void store(float* p, V t, int64_t count) {
+    _mm512_mask_storeu_ps(p, first_lanes(count), t);
+  }
+};
+
+struct Int8Traits {
+  using Elem = int8_t;
+  using Staged = int8_t;
+  using Weight = uint8_t;
+  using Acc = int32_t;
+  using V = __m512i;
+  using W = __m512i;
+  static constexpr int64_t kLanes = 16, kGroup = 4;
+  static constexpr int kTileVectors = 4;
+  static constexpr bool kUnsigned = true, kStage = false;
+  static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
+  static V load(const Acc* p) { return _mm512_loadu_si512(p); }
+  static void store(Acc* p, V v) { _mm512_storeu_si512(p, v); }
+  static W load_weight(const Weight* p) { return _mm512_loadu_si512(p); }
+  static __m512i broadcast(const Staged* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static V dot(V acc, W w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static void stage_row(Staged* to, const Elem* from, int64_t channels, int64_t width) {
+    __builtin_memcpy(to, from, channels);
+    for (int64_t c = channels; c < width; ++c) to[c] = 0;
+  }
+  static void finish(const ConvArgs& a, const Acc* acc, uint32_t minus, int64_t channel, int64_t at,
+                     int64_t count) {
+    const __m512i sum =
+        _mm512_sub_epi32(_mm512_loadu_si512(acc), _mm512_set1_epi32(static_cast<int32_t>(minus)));
+    finish_int8<Float>(a, _mm512_cvtepi32_ps(sum), channel, at, count);
+  }
+};
+
+void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
+  const int8_t* features = static_cast<const int8_t*>(a.features);
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = first; i < last; ++i) {
+    const int8_t* x = features + i * a.channels;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t c = 0; c < a.channels; c += 64) {
+      const int64_t left = a.channels - c;
+      const __mmask64 live = left >= 64 ? ~0ull : (1ull << left) - 1;
+      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(live, x + c));
+    }
+    a.row_sums[i] = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+struct FloatTraits {
+  using Elem = float;
+  using Staged = float;
+  using Weight = float;
+  using Acc = float;
+  using V = __m512;
+  using W = __m512;
+  static constexpr int64_t kLanes = 16, kGroup = 1;
+  static constexpr int kTileVectors = 4;
+  static constexpr bool kUnsigned = false, kStage = false;
+  static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
+  static V load(const Acc* p) { return _mm512_loadu_ps(p); }
+  static void store(Acc* p, V v) { _mm512_storeu_ps(p, v); }
+  static W load_weight(const Weight* p) { return _mm512_loadu_ps(p); }
+  static __m512 broadcast(const Staged* p) { return _mm512_set1_ps(*p); }
+  static V dot(V acc, W w, __m512 x) { return _mm512_fmadd_ps(w, x, acc); }
+  static void stage_row(Staged*, const Elem*, int64_t, int64_t) {}
+  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
+                     int64_t count) {
+    V t = _mm512_loadu_ps(acc);
+    if (a.bias != nullptr) t = _mm512_add_ps(t, _mm512_loadu_ps(a.bias + channel));
+    Float::store(static_cast<float*>(a.out) + at, t, count);
+  }
+};
+
+}  // namespace
+
+extern const ConvPath conv_int8_avx512vnni = make_path<Int8Traits>(row_sums);
+extern const ConvPath conv_float_avx512 = make_path<FloatTraits>(nullptr);
+
+}  // namespace fquant

@@ -1,0 +1,54 @@
+// AVX-VNNI path: the 256-bit vpdpbusd of client processors without AVX-512.
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "conv.h"
+
+namespace fquant {
+namespace {
+
+#include "conv_avx2.h"
+
+struct Int8Traits : Int8Base {
+  using Staged = int8_t;
+  using Weight = uint8_t;
+  static constexpr int64_t kGroup = 4;
+  static constexpr bool kUnsigned = true, kStage = false;
+  static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
+  static W load_weight(const Weight* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static __m256i broadcast(const Staged* p) { return broadcast4(p); }
+  static V dot(V acc, W w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+  static void stage_row(Staged* to, const Elem* from, int64_t channels, int64_t width) {
+    __builtin_memcpy(to, from, channels);
+    for (int64_t c = channels; c < width; ++c) to[c] = 0;
+  }
+};
+
+void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
+  const int8_t* features = static_cast<const int8_t*>(a.features);
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t i = first; i < last; ++i) {
+    const int8_t* x = features + i * a.channels;
+    __m256i sums = _mm256_setzero_si256();
+    int64_t c = 0;
+    for (; c + 32 <= a.channels; c += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + c));
+      sums = _mm256_dpbusd_avx_epi32(sums, ones, bytes);
+    }
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums);
+    int32_t sum = 0;
+    for (const int32_t lane : lanes) sum += lane;
+    for (; c < a.channels; ++c) sum += x[c];
+    a.row_sums[i] = sum;
+  }
+}
+
+}  // namespace
+
+extern const ConvPath conv_int8_avxvnni = make_path<Int8Traits>(row_sums);
+
+}  // namespace fquant

@@ -1,0 +1,80 @@
+"""The CPU path of the int8 sparse convolution: packed weights and the compiled kernel."""
+
+import torch
+from torch import Tensor
+
+from fquant_kernels import native
+
+_OUT_TYPES = {torch.int8: 0, torch.float16: 1, torch.float32: 2}
+
+
+def pack_weight(weight: Tensor, isa: str | None = None) -> Tensor:
+    """Returns the weights in the order one instruction set reads them, 1-d uint8.
+
+    For the vpdpbusd paths each weight is stored as `w + 128`, unsigned, because that instruction
+    multiplies unsigned by signed bytes and the signed side is the activations; the kernel takes
+    `128 * sum(inputs)` off again. Channels are padded with zeros to whole vectors.
+
+    Args:
+        weight: `(Cout, K, Cin)` int8.
+        isa: one of `native.ISAS`; chosen as for the convolution where left out.
+    """
+    number = native.choose_isa(isa)
+    weight = weight.contiguous()
+    size = native.library().fquant_packed_bytes(number, 0, *weight.shape)
+    packed = torch.empty(size, dtype=torch.uint8)
+    status = native.library().fquant_pack_int8(
+        number, weight.data_ptr(), *weight.shape, packed.data_ptr()
+    )
+    native.raise_for(status, "pack_weight")
+    return packed
+
+
+def sparse_conv_int8(
+    features: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+    isa: str | None = None,
+) -> Tensor:
+    """Returns the convolution as `reference.sparse_conv_int8`, bit for bit, on any thread count.
+
+    Args beyond the reference's:
+        isa: one of `native.ISAS`, for tests; chosen by `native.choose_isa` where left out.
+
+    Raises:
+        IndexError: an entry of `neighbors` is not below N.
+    """
+    out_dtype = torch.int8 if out_dtype is None else out_dtype
+    number = native.choose_isa(isa)
+    packed = pack_weight(weight, native.ISAS[number])
+    features, neighbors, scale = (t.contiguous() for t in (features, neighbors, scale))
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    num_taps, num_outputs = neighbors.shape
+    out = torch.empty((num_outputs, weight.shape[0]), dtype=out_dtype)
+    status = native.library().fquant_conv_int8(
+        number,
+        features.data_ptr(),
+        *features.shape,
+        packed.data_ptr(),
+        weight.shape[0],
+        neighbors.data_ptr(),
+        num_taps,
+        num_outputs,
+        scale.data_ptr(),
+        native.pointer(bias),
+        native.pointer(residual),
+        0.0 if residual_scale is None else residual_scale.item(),
+        relu,
+        _OUT_TYPES[out_dtype],
+        out.data_ptr(),
+        native.num_threads(),
+    )
+    native.raise_for(status, "fquant::sparse_conv_int8")
+    return out

@@ -1,0 +1,206 @@
+"""The compiled int8 convolution against the reference, bit for bit, on every path."""
+
+import fquant_kernels
+import pytest
+import torch
+from fquant_kernels import native
+from fquant_kernels.conv_int8 import cpu, reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
+
+pytestmark = pytest.mark.skipif(
+    native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
+)
+
+
+def isa_params() -> list[object]:
+    available = native.available_isas()
+    return [
+        pytest.param(isa, marks=pytest.mark.skipif(isa not in available, reason="not this CPU"))
+        for isa in native.ISAS
+    ]
+
+
+each_isa = pytest.mark.parametrize("isa", isa_params())
+
+
+def random_case(num_rows: int, num_channels: int, num_out: int, taps: int = 27) -> ConvCase:
+    random = torch.Generator().manual_seed(7)
+    features = torch.randint(-128, 128, (num_rows, num_channels), generator=random)
+    weight = torch.randint(-128, 128, (num_out, taps, num_channels), generator=random)
+    neighbors = torch.randint(-num_rows, num_rows, (taps, num_rows), generator=random)
+    return ConvCase(
+        features.to(torch.int8),
+        weight.to(torch.int8),
+        neighbors.clamp(min=-1).to(torch.int32),
+        torch.rand(num_out, generator=random) * 1e-3,
+        torch.randn(num_out, generator=random),
+        None,
+        None,
+        False,
+        None,
+    )
+
+
+@each_isa
+@SETTINGS
+@given(case=conv_cases())
+def test_every_path_gives_the_bits_of_the_reference(isa: str, case: ConvCase) -> None:
+    want = reference.sparse_conv_int8(*case)
+    got = cpu.sparse_conv_int8(*case, isa=isa)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
+@each_isa
+def test_sums_beyond_2_to_the_24_are_rounded_once_to_float32(isa: str) -> None:
+    # 27 * 300 products of 127 * 127, and one of 127 * 126: odd sums, not floats.
+    features = torch.full((1, 300), 127, dtype=torch.int8)
+    weight = torch.full((40, 27, 300), 127, dtype=torch.int8)
+    weight[1::2, 0, 0] = 126
+    neighbors = torch.zeros((27, 3), dtype=torch.int32)
+    got = cpu.sparse_conv_int8(
+        features, weight, neighbors, torch.ones(40), out_dtype=torch.float32, isa=isa
+    )
+    want = torch.full((3, 40), 27 * 300 * 127 * 127, dtype=torch.int64)
+    want[:, 1::2] -= 127
+    assert want.min() > 2**24
+    assert torch.equal(got, want.float())
+
+
+@each_isa
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_that_are_allowed_do_not_wrap(isa: str, sign: int) -> None:
+    # K * Cin = 131071 products of 2^14 come within 2^14 of 2^31, where int32 ends.
+    features = torch.full((1, 131071), -128, dtype=torch.int8)
+    weight = torch.full((17, 1, 131071), -128 if sign > 0 else 127, dtype=torch.int8)
+    neighbors = torch.zeros((1, 1), dtype=torch.int32)
+    got = cpu.sparse_conv_int8(
+        features, weight, neighbors, torch.ones(17), out_dtype=torch.float32, isa=isa
+    )
+    exact = torch.tensor(131071 * -128 * int(weight[0, 0, 0])).float()
+    assert torch.equal(got, exact.expand(1, 17))
+
+
+@each_isa
+def test_ties_go_to_even_and_the_rest_saturates(isa: str) -> None:
+    sums = torch.tensor([-128, -3, -1, 0, 1, 3, 5, 127], dtype=torch.int8)
+    weight = torch.ones((1, 1, 1), dtype=torch.int8)
+    neighbors = torch.arange(8, dtype=torch.int32)[None]
+
+    def conv(scale: float) -> list[int]:
+        out = cpu.sparse_conv_int8(sums[:, None], weight, neighbors, torch.tensor([scale]), isa=isa)
+        return out[:, 0].tolist()
+
+    assert conv(0.5) == [-64, -2, 0, 0, 0, 2, 2, 64]
+    assert conv(3.0) == [-128, -9, -3, 0, 3, 9, 15, 127]
+
+
+@each_isa
+def test_no_fma_in_the_epilogue(isa: str) -> None:
+    # In float32 acc * scale rounds to 1 exactly; a fused multiply-add would leave 2^-23 or more.
+    acc, scale = 49, torch.tensor(1.0 / 49.0)
+    exact = acc * scale.double() - 1.0
+    assert exact != 0
+    assert float(acc * scale) == 1.0
+    got = cpu.sparse_conv_int8(
+        torch.tensor([[acc]], dtype=torch.int8),
+        torch.ones((1, 1, 1), dtype=torch.int8),
+        torch.zeros((1, 1), dtype=torch.int32),
+        scale[None],
+        torch.tensor([-1.0]),
+        out_dtype=torch.float32,
+        isa=isa,
+    )
+    assert got.item() == 0.0
+
+
+@each_isa
+def test_float16_overflow_and_subnormals_round_as_torch(isa: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 18, (600,), generator=random)
+    bias = torch.randn(600, generator=random) * 2.0**exponents
+    bias[:6] = torch.tensor([65519.9, 65520.0, -65520.0, 2.0**-25, 3 * 2.0**-25, -0.0])
+    features = torch.zeros((1, 1), dtype=torch.int8)
+    weight = torch.zeros((600, 1, 1), dtype=torch.int8)
+    neighbors = torch.zeros((1, 1), dtype=torch.int32)
+    args = (features, weight, neighbors, torch.ones(600), bias)
+    got = cpu.sparse_conv_int8(*args, out_dtype=torch.float16, isa=isa)
+    assert torch.equal(got, reference.sparse_conv_int8(*args, out_dtype=torch.float16))
+
+
+@each_isa
+@SETTINGS
+@given(data=st.data())
+def test_the_number_of_threads_changes_nothing(isa: str, data: st.DataObject) -> None:
+    case = random_case(data.draw(st.sampled_from([600, 3000])), 33, 65)
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs.append(cpu.sparse_conv_int8(*case, isa=isa))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@each_isa
+def test_non_contiguous_arguments_are_handled(isa: str) -> None:
+    case = random_case(300, 24, 40)
+    want = reference.sparse_conv_int8(*case)
+    strided = [
+        torch.stack([t, t], dim=-1)[..., 0] if isinstance(t, torch.Tensor) else t for t in case
+    ]
+    assert not strided[0].is_contiguous()
+    assert torch.equal(cpu.sparse_conv_int8(*strided, isa=isa), want)
+    flipped = case._replace(features=case.features.T.contiguous().T)
+    assert torch.equal(cpu.sparse_conv_int8(*flipped, isa=isa), want)
+
+
+@each_isa
+@pytest.mark.parametrize("place", [0, 255, 256, 299])
+def test_an_index_out_of_range_is_an_error_and_no_read(isa: str, place: int) -> None:
+    case = random_case(300, 24, 40)
+    for wrong in (300, 2**31 - 1):
+        neighbors = case.neighbors.clone()
+        neighbors[5, place] = wrong
+        with pytest.raises(IndexError, match="neighbors must be below the number of input rows"):
+            cpu.sparse_conv_int8(*case._replace(neighbors=neighbors), isa=isa)
+
+
+@each_isa
+def test_arguments_are_not_written(isa: str) -> None:
+    case = random_case(300, 30, 40)
+    copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in case]
+    cpu.sparse_conv_int8(*case, isa=isa)
+    for before, after in zip(copies, case, strict=True):
+        if isinstance(before, torch.Tensor):
+            assert torch.equal(before, after)
+
+
+def test_packing_is_pure_and_padded_with_nothing() -> None:
+    weight = torch.randint(-128, 128, (17, 3, 5), dtype=torch.int8)
+    for isa in native.available_isas():
+        first, second = cpu.pack_weight(weight, isa), cpu.pack_weight(weight, isa)
+        assert torch.equal(first, second)
+        assert first.data_ptr() != second.data_ptr()
+        assert cpu.pack_weight(weight[:0], isa).numel() == 0
+
+
+def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(10, 3, 3)
+    for isa in native.available_isas():
+        monkeypatch.setenv(native.FORCE_ISA, isa)
+        assert native.ISAS[native.choose_isa()] == isa
+        fquant_kernels.sparse_conv_int8(*case)
+    monkeypatch.setenv(native.FORCE_ISA, "sse9")
+    with pytest.raises(ValueError, match=r"FQUANT_CPU_ISA must be one of scalar, avx2.*'sse9'"):
+        fquant_kernels.sparse_conv_int8(*case)
+    monkeypatch.setattr(native, "available_isas", lambda: ("scalar",))
+    monkeypatch.setenv(native.FORCE_ISA, "avx2")
+    with pytest.raises(RuntimeError, match=r"one this processor runs \(scalar\), got 'avx2'"):
+        fquant_kernels.sparse_conv_int8(*case)
