@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CACHE := $(CURDIR)/.cache
 RUN := TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(CACHE)/matplotlib \
        TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
-SOURCES := pyproject.toml constraints.txt
+SOURCES := pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
 
 .PHONY: demo test lint bench sanitize clean
 
