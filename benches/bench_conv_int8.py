@@ -11,13 +11,13 @@ import os
 import time
 from typing import Any
 
-import fquant_kernels
 import torch
-from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
-from fquant_kernels.kernel_map.reference import linear_keys
 from torch import Tensor
 
+import fquant_kernels
 from benches import harness, scenes
+from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
+from fquant_kernels.kernel_map.reference import linear_keys
 
 CHANNELS = (16, 32, 64, 128)
 SUBM = ([3, 3, 3], [1, 1, 1], [1, 1, 1], [1, 1, 1])

@@ -7,12 +7,12 @@ import argparse
 import math
 from typing import Any
 
-import fquant_kernels
 import torch
-from fquant_kernels.kernel_map import reference
 from torch import Tensor
 
+import fquant_kernels
 from benches import harness, scenes
+from fquant_kernels.kernel_map import reference
 
 SUBM = ([3, 3, 3], [1, 1, 1], [1, 1, 1], [1, 1, 1])
 STRIDED = ([3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fquant_kernels import native
 
 Run = Callable[[], Any]

@@ -1,13 +1,13 @@
 """The compiled int8 convolution against the reference, bit for bit, on every path."""
 
-import fquant_kernels
 import pytest
 import torch
-from fquant_kernels import native
-from fquant_kernels.conv_int8 import cpu, reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fquant_kernels
+from fquant_kernels import native
+from fquant_kernels.conv_int8 import cpu, reference
 from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
 
 pytestmark = pytest.mark.skipif(

@@ -4,15 +4,15 @@ import itertools
 import math
 from typing import NamedTuple
 
-import fquant_kernels
 import pytest
 import torch
-from fquant_kernels import native
-from fquant_kernels.kernel_map import cpu, reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fquant_kernels
+from fquant_kernels import native
+from fquant_kernels.kernel_map import cpu, reference
 from tests.kernels.strategies import SETTINGS
 
 needs_library = pytest.mark.skipif(

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import fquant_kernels
 import pytest
 import torch
+from torch import Tensor
+
+import fquant_kernels
 from fquant_kernels import native, registry
 from fquant_kernels.conv_float import cpu as conv_float_cpu
 from fquant_kernels.conv_float import reference as conv_float_reference
-from torch import Tensor
 
 GEOMETRY = ([6, 7, 8], [3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1])
 

@@ -2,11 +2,13 @@
 
 from fquant_kernels.kernel_map.op import (
     conv_output_coords,
-    conv_output_shape,
     kernel_neighbors,
-    linear_keys,
     transpose_neighbors,
     transposed_conv_output_coords,
+)
+from fquant_kernels.kernel_map.reference import (
+    conv_output_shape,
+    linear_keys,
     transposed_conv_output_shape,
 )
 
