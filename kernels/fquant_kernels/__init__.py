@@ -4,18 +4,26 @@ Each op is a folder: `reference.py` is the definition, in plain torch, for any d
 checks arguments and registers it. This package knows nothing of records, trees or modules.
 """
 
-from fquant_kernels.conv_int8 import sparse_conv_int8
+from fquant_kernels.conv_int8 import pack_weight, sparse_conv_int8, sparse_conv_int8_tiles
 from fquant_kernels.kernel_map import (
+    TileRulebook,
     conv_output_coords,
     kernel_neighbors,
+    mask_order,
+    tile_rulebook,
     transpose_neighbors,
     transposed_conv_output_coords,
 )
 
 __all__ = [
+    "TileRulebook",
     "conv_output_coords",
     "kernel_neighbors",
+    "mask_order",
+    "pack_weight",
     "sparse_conv_int8",
+    "sparse_conv_int8_tiles",
+    "tile_rulebook",
     "transpose_neighbors",
     "transposed_conv_output_coords",
 ]

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from fquant_kernels.conv_int8.configs import Config, config_for
 from fquant_kernels.conv_int8.packing import pack_weight, pad_channels
-from fquant_kernels.kernel_map.rulebook import (
-    DEFAULT_TILE_ROWS,
-    TileRulebook,
-    tile_rulebook,
-)
+from fquant_kernels.kernel_map.cuda_triton import tile_rulebook
+from fquant_kernels.kernel_map.rulebook import DEFAULT_TILE_ROWS, TileRulebook
 
 
 @triton.jit
@@ -73,9 +70,7 @@ def conv_tiles_kernel(
             real_weight = real_weight & real_channel
         if WIDE:
             row = row.to(tl.int64)
-        gathered = tl.load(
-            features + row[:, None] * CIN + channels[None, :], mask=present, other=0
-        )
+        gathered = tl.load(features + row[:, None] * CIN + channels[None, :], mask=present, other=0)
         # Stored with the input channels last and transposed here: the other way round, sm_80 moves
         # single bytes between registers (3.3 times the instructions) and sm_90 transposes in them.
         tap_weight = weight + (tap * COUT + columns[:, None]) * CIN + channels[None, :]
@@ -211,11 +206,10 @@ def sparse_conv_int8(
     It packs the weight and cuts the map into tiles on every call, without a synchronization;
     `sparse_conv_int8_tiles` takes both ready made.
     """
-    rulebook = tile_rulebook(neighbors, tile_rows, compact=False)
     return sparse_conv_int8_tiles(
         features,
         pack_weight(weight),
-        *rulebook,
+        *tile_rulebook(neighbors, tile_rows),
         scale,
         bias,
         residual,

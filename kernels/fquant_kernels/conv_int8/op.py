@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fquant_kernels.conv_int8 import reference
 from fquant_kernels.library import define_inference_op
+from fquant_kernels.triton_support import register_triton
 
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
@@ -91,6 +92,7 @@ _op = define_inference_op(
     fake,
     instead="Train with fake quantization (fquant.fake_quantize around fquant.sparse.sparse_conv).",
 )
+register_triton(_op, check_args, "fquant_kernels.conv_int8.cuda_triton", reference.sparse_conv_int8)
 
 
 def sparse_conv_int8(

@@ -1,0 +1,74 @@
+"""Whether the Triton kernels can run, and their registration without importing Triton."""
+
+import functools
+import importlib
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fquant_kernels.library import register_backend
+
+# Below, index loads are not pipelined (3.2), and int8 products do not compile (sm_75, up to 3.9).
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)
+
+
+def why_unavailable(device: torch.device | int | None = None) -> str | None:
+    """Returns why the Triton kernels cannot run on a CUDA device, or None where they can.
+
+    Args:
+        device: a CUDA device; the current one when not given.
+    """
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"triton must be {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs, this is an AMD build of torch"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    return None
+
+
+@functools.cache
+def _availability(index: int) -> str | None:
+    reason = why_unavailable(index)
+    if reason is not None:
+        warnings.warn(
+            f"fquant_kernels: the slow reference computes on cuda:{index}: {reason}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def register_triton(
+    op: Any,
+    check_args: Callable[..., None],
+    module: str,
+    reference: Callable[..., Any],
+) -> None:
+    """Runs the function of the op's name in `module` for CUDA tensors, imported at its first call.
+
+    Where Triton cannot run, the reference does, and the first call for a device warns with the
+    reason.
+    """
+    name = op.name().removeprefix("fquant::")
+
+    def cuda(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        if _availability(tensor.get_device()) is not None:
+            return reference(*args, **kwargs)
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    register_backend(op, "cuda", check_args, cuda)
