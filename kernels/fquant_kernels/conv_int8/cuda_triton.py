@@ -42,6 +42,7 @@ def conv_tiles_kernel(
     RELU: tl.constexpr,
     WIDE: tl.constexpr,  # N * CIN >= 2^31
 ):
+    """Computes one tile of output rows by one block of output channels."""
     column_blocks: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     chunks: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
     # Programs that gather the same rows are neighbours, so that the second gather hits the cache.

@@ -1,6 +1,5 @@
 """Weights as the tensor-core kernels read them."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +22,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """Returns `(Cout, K, Cin)` weights as `(K, Cout, padded_channels(Cin))`, contiguous.
 
     Example:
+        >>> import torch
         >>> pack_weight(torch.ones(8, 27, 5, dtype=torch.int8)).shape
         torch.Size([27, 8, 16])
     """

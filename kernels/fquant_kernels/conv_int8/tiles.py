@@ -1,4 +1,4 @@
-"""The op `fquant::sparse_conv_int8_tiles`: the int8 convolution with its plan and weight ready made.
+"""The op `fquant::sparse_conv_int8_tiles`: the convolution with plan and weight ready made.
 
 `sparse_conv_int8` on a GPU packs its weight and cuts its map into tiles on every call. Layers that
 share a map, and weights that do not change, can do both once.

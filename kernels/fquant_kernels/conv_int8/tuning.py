@@ -1,5 +1,6 @@
 """Measures the launch parameters of a layer on the GPU that is there, and remembers the best."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -34,11 +35,20 @@ def tune(
     for config in configs.candidates(
         cin, cout, tile_rows, torch.cuda.get_device_capability(device)
     ):
-        arguments = (features, packed_weight, rulebook, scale, scale, None, None, True, torch.int8)
-        times[config] = triton.testing.do_bench(
-            lambda arguments=arguments, config=config: launch(*arguments, config),
-            return_mode="median",
+        run = functools.partial(
+            launch,
+            features,
+            packed_weight,
+            rulebook,
+            scale=scale,
+            bias=scale,
+            residual=None,
+            residual_scale=None,
+            relu=True,
+            out_dtype=torch.int8,
+            config=config,
         )
+        times[config] = triton.testing.do_bench(run, return_mode="median")
     best = min(times, key=lambda config: times[config])
     if folder is not None:
         name = tuning_cache.key("sparse_conv_int8", device, cin=cin, cout=cout, tile_rows=tile_rows)

@@ -33,6 +33,7 @@ def kernel_neighbors_kernel(
     DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Fills the table for a block of outputs and every offset along the last axis."""
     # A program holds the offset on every axis but the last. The reads along the last axis have
     # ascending keys, so one binary search finds the first and a step or two each of the others.
     output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -127,6 +128,7 @@ def tile_rulebook_kernel(
     num_outputs,
     BLOCK_M: tl.constexpr,
 ):
+    """Writes one tile's segments."""
     tile = tl.program_id(0)
     in_tile = tl.arange(0, BLOCK_M)
     slot = tile * BLOCK_M + in_tile

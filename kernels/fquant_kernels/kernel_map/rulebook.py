@@ -23,8 +23,8 @@ class TileRulebook(NamedTuple):
 
     Tile `t` owns slots `t * B` to `t * B + B - 1` and segments `spans[t, 0]` to `spans[t, 1] - 1`.
     Segment `s` stands for tap `taps[s]`; the output row in slot `i` of the tile reads input row
-    `rows[s, i]`, or nothing where that is -1. Slot `t * B + i` writes output row `order[t * B + i]`;
-    slots from M on write nothing.
+    `rows[s, i]`, or nothing where that is -1. Slot `t * B + i` writes output row
+    `order[t * B + i]`; slots from M on write nothing.
     """
 
     spans: Tensor  # (T, 2) int32
