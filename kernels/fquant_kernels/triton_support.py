@@ -15,6 +15,9 @@ from fquant_kernels.library import register_backend
 # Below, index loads are not pipelined (3.2), and int8 products do not compile (sm_75, up to 3.9).
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)
+# For compute capability 10 and up, the assembler in Triton 3.6 (ptxas 12.9) contracts
+# mul.rn.f32x2 and add.rn.f32x2 in spite of --fmad=false; the one in 3.9 (13.4) does not.
+MIN_TRITON_BLACKWELL = (3, 9)
 
 
 def why_unavailable(device: torch.device | int | None = None) -> str | None:
@@ -29,14 +32,16 @@ def why_unavailable(device: torch.device | int | None = None) -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "the package triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
-        return f"triton must be {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, got {version}"
+    have = tuple(int(part) for part in version.split(".")[:2])
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs, this is an AMD build of torch"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    need = MIN_TRITON_BLACKWELL if capability[0] >= 10 else MIN_TRITON
+    if have < need:
+        return f"triton must be {need[0]}.{need[1]} or newer on {name}, got {version}"
     return None
 
 

@@ -65,10 +65,9 @@ def compile_kernel(
     types: dict[str, str],
     constants: dict[str, object],
     capability: int,
-    num_warps: int,
-    num_stages: int,
+    options: dict[str, object] | None = None,
 ) -> Compiled:
-    """Compiles with pointers aligned to 16 bytes, as torch allocates them, and FMA fusion off.
+    """Compiles with pointers aligned to 16 bytes, as torch allocates them.
 
     `types` names the kernel's run-time arguments in Triton's words, such as "*i8" and "i32".
     """
@@ -86,7 +85,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False},
+        options=options or {},
     )
     cubin = compiled.asm["cubin"]
     at = {int(place, 16): text for place, text in _INSTRUCTION.findall(_cuobjdump(cubin, "-sass"))}

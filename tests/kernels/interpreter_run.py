@@ -8,10 +8,9 @@ import os
 import sys
 import time
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 
 def main(check: str, cases: int) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from tests.kernels.triton_cases import CHECKS

@@ -16,6 +16,9 @@ from fquant_kernels.conv_int8.packing import pack_weight, pad_channels
 from fquant_kernels.kernel_map.cuda_triton import tile_rulebook
 from fquant_kernels.kernel_map.rulebook import DEFAULT_TILE_ROWS, TileRulebook
 
+# By default a product and a sum become one rounding, which the definition does not have.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+
 
 @triton.jit
 def conv_tiles_kernel(
@@ -147,7 +150,7 @@ def launch(
             WIDE=features.shape[0] * cin >= 2**31,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=False,
+            **COMPILE_OPTIONS,
         )
     return out
 
