@@ -19,6 +19,9 @@ MIN_CAPABILITY = (8, 0)
 # mul.rn.f32x2 and add.rn.f32x2 in spite of --fmad=false; the one in 3.9 (13.4) does not.
 MIN_TRITON_BLACKWELL = (3, 9)
 
+# For every launch: by default a product and a sum become one rounding, which no definition has.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+
 
 def why_unavailable(device: torch.device | int | None = None) -> str | None:
     """Returns why the Triton kernels cannot run on a CUDA device, or None where they can.

@@ -5,7 +5,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TENSOR_CORE = ("IMMA", "IGMMA", "UTCIMMA", "HMMA", "HGMMA", "UTCHMMA")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;")
@@ -61,11 +61,11 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
 
 
 def compile_kernel(
-    kernel: object,
+    kernel: Any,
     types: dict[str, str],
     constants: dict[str, object],
     capability: int,
-    options: dict[str, object] | None = None,
+    options: dict[str, Any],
 ) -> Compiled:
     """Compiles with pointers aligned to 16 bytes, as torch allocates them.
 
@@ -85,7 +85,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=options or {},
+        options=options,
     )
     cubin = compiled.asm["cubin"]
     at = {int(place, 16): text for place, text in _INSTRUCTION.findall(_cuobjdump(cubin, "-sass"))}

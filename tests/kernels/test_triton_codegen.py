@@ -17,7 +17,7 @@ from fquant_kernels.conv_int8 import cuda_triton as conv
 from fquant_kernels.conv_int8.configs import default_config
 from fquant_kernels.kernel_map import cuda_triton as maps
 from fquant_kernels.kernel_map.rulebook import DEFAULT_TILE_ROWS
-from fquant_kernels.triton_support import MIN_TRITON_BLACKWELL
+from fquant_kernels.triton_support import COMPILE_OPTIONS, MIN_TRITON_BLACKWELL
 
 from tests.kernels.ahead_of_time import Compiled, compile_kernel
 
@@ -78,7 +78,7 @@ def compile_conv(
         "WIDE": wide,
     }
     options = {
-        **conv.COMPILE_OPTIONS,
+        **COMPILE_OPTIONS,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -142,7 +142,9 @@ def test_kernel_map(capability: int) -> None:
         "search_steps": "i32",
     }
     constants = {"DIMS": 3, "BLOCK": 128}
-    code = compile_kernel(maps.kernel_neighbors_kernel, types, constants, capability)
+    code = compile_kernel(
+        maps.kernel_neighbors_kernel, types, constants, capability, COMPILE_OPTIONS
+    )
     assert code.stack == 0
     assert code.registers <= 64
 
@@ -159,6 +161,6 @@ def test_tile_rulebook(capability: int) -> None:
         "num_outputs": "i32",
     }
     constants = {"BLOCK_M": DEFAULT_TILE_ROWS}
-    code = compile_kernel(maps.tile_rulebook_kernel, types, constants, capability)
+    code = compile_kernel(maps.tile_rulebook_kernel, types, constants, capability, COMPILE_OPTIONS)
     assert code.stack == 0
     assert code.registers <= 64

@@ -15,9 +15,7 @@ from fquant_kernels.conv_int8.configs import Config, config_for
 from fquant_kernels.conv_int8.packing import pack_weight, pad_channels
 from fquant_kernels.kernel_map.cuda_triton import tile_rulebook
 from fquant_kernels.kernel_map.rulebook import DEFAULT_TILE_ROWS, TileRulebook
-
-# By default a product and a sum become one rounding, which the definition does not have.
-COMPILE_OPTIONS = {"enable_fp_fusion": False}
+from fquant_kernels.triton_support import COMPILE_OPTIONS
 
 
 @triton.jit

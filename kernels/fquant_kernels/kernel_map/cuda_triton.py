@@ -14,6 +14,7 @@ from fquant_kernels.kernel_map.rulebook import (
     TileRulebook,
     check_tile_rows,
 )
+from fquant_kernels.triton_support import COMPILE_OPTIONS
 
 # Output voxels per program: one per thread of four warps.
 _BLOCK = 128
@@ -113,6 +114,7 @@ def kernel_neighbors(
             DIMS=len(kernel_size),
             BLOCK=_BLOCK,
             num_warps=_WARPS,
+            **COMPILE_OPTIONS,
         )
     return table
 
@@ -176,5 +178,6 @@ def tile_rulebook(
                 num_outputs,
                 BLOCK_M=tile_rows,
                 num_warps=max(1, min(4, tile_rows // 32)),
+                **COMPILE_OPTIONS,
             )
     return TileRulebook(spans, taps, rows, order)
