@@ -4,6 +4,7 @@ Each op is a folder: `reference.py` is the definition, in plain torch, for any d
 checks arguments and registers it. This package knows nothing of records, trees or modules.
 """
 
+from fquant_kernels.conv_half import sparse_conv_half
 from fquant_kernels.conv_int8 import pack_weight, sparse_conv_int8, sparse_conv_int8_tiles
 from fquant_kernels.kernel_map import (
     TileRulebook,
@@ -21,6 +22,7 @@ __all__ = [
     "kernel_neighbors",
     "mask_order",
     "pack_weight",
+    "sparse_conv_half",
     "sparse_conv_int8",
     "sparse_conv_int8_tiles",
     "tile_rulebook",

@@ -142,4 +142,26 @@ def check_kernel_map(seed: int, device: str = "cpu") -> None:
     assert torch.equal(again, want), f"seed {seed}: tile_rulebook differs"
 
 
-CHECKS = {"conv_int8": check_conv_int8, "kernel_map": check_kernel_map}
+def check_conv_half(seed: int, device: str = "cpu") -> None:
+    """Small integers and halves, whose sums are exact in any order, give the reference's bits."""
+    from fquant_kernels.conv_half import cuda_triton
+    from fquant_kernels.conv_half import reference as half_reference
+
+    case = conv_case(seed).to(device)
+    choose = random.Random(-seed)
+    dtype = choose.choice([torch.float16, torch.bfloat16])
+    features, weight = (case.features.clamp(-4, 4) / 2).to(dtype), case.weight.clamp(-4, 4) / 2
+    residual = None if case.residual is None else case.residual.to(dtype)
+    arguments = (features, weight.to(dtype), case.neighbors, case.bias, residual, case.relu)
+    config = Config(choose.choice([16, 32]), choose.choice([16, 32, 64]), 4, 3)
+    want = half_reference.sparse_conv_half(*arguments)
+    got = cuda_triton.sparse_conv_half(*arguments, tile_rows=choose.choice([16, 32]), config=config)
+    assert got.dtype == dtype
+    assert torch.equal(got, want), f"seed {seed}: sparse_conv_half differs"
+
+
+CHECKS = {
+    "conv_int8": check_conv_int8,
+    "kernel_map": check_kernel_map,
+    "conv_half": check_conv_half,
+}

@@ -3,7 +3,8 @@
 One program computes a tile of output rows and a block of output channels. It walks the tile's
 segments (the taps any of its rows has), gathers the input rows of each, and multiplies them with
 the tap's weights on the tensor cores, int8 by int8 into int32. The epilogue is the reference's,
-float operation by float operation.
+float operation by float operation. Half-precision features and weights go the same way with sums
+in float32 and no scales.
 """
 
 import torch
@@ -93,7 +94,10 @@ def conv_tiles_kernel(
     if HAS_BIAS:
         t = t + tl.load(bias + columns, mask=real_column, other=0.0)[None, :]
     if HAS_RESIDUAL:
-        t = t + tl.load(residual_scale) * tl.load(residual + at, mask=real, other=0).to(tl.float32)
+        added = tl.load(residual + at, mask=real, other=0).to(tl.float32)
+        if HAS_SCALE:
+            added = tl.load(residual_scale) * added
+        t = t + added
     if RELU:
         t = tl.maximum(t, 0.0)
     if out.dtype.element_ty == tl.int8:
