@@ -17,6 +17,8 @@ _STEP = 2.0  # metres driven between two turns of the sensor
 
 
 class Scene(NamedTuple):
+    """Voxels of one scene."""
+
     coords: Tensor  # (N, 4) int32: batch, x, y, z; unique, in the order they were seen
     spatial_shape: tuple[int, int, int]
 

@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels are interpreted here"),
 ]
 
+from fquant_kernels.conv_half.cuda_triton import half_config
 from fquant_kernels.conv_int8 import cuda_triton as conv
 from fquant_kernels.conv_int8.configs import default_config
 from fquant_kernels.kernel_map import cuda_triton as maps
@@ -49,20 +50,23 @@ def compile_conv(
     residual: bool = True,
     out_dtype: torch.dtype = torch.int8,
     wide: bool = False,
+    half: str | None = None,
 ) -> Compiled:
-    config = default_config(cin, cout, DEFAULT_TILE_ROWS, (capability // 10, capability % 10))
+    version = (capability // 10, capability % 10)
+    choose = half_config if half else default_config
+    config = choose(cin, cout, DEFAULT_TILE_ROWS, version)
     types = {
-        "features": "*i8",
-        "weight": "*i8",
+        "features": half or "*i8",
+        "weight": half or "*i8",
         "spans": "*i32",
         "taps": "*i32",
         "rows": "*i32",
         "order": "*i32",
         "scale": "*fp32",
         "bias": "*fp32",
-        "residual": "*i8",
+        "residual": half or "*i8",
         "residual_scale": "*fp32",
-        "out": POINTERS[out_dtype],
+        "out": half or POINTERS[out_dtype],
         "num_outputs": "i32",
     }
     constants: dict[str, Any] = {
@@ -71,7 +75,7 @@ def compile_conv(
         "BLOCK_M": DEFAULT_TILE_ROWS,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "HAS_SCALE": True,
+        "HAS_SCALE": half is None,
         "HAS_BIAS": True,
         "HAS_RESIDUAL": residual,
         "RELU": True,
@@ -85,10 +89,8 @@ def compile_conv(
     return compile_kernel(conv.conv_tiles_kernel, types, constants, capability, options)
 
 
-def check_conv(code: Compiled, capability: int) -> None:
-    assert code.count_in_loop(INT8_PRODUCT[capability]) > 0, (
-        "int8 products are not on the tensor cores"
-    )
+def check_conv(code: Compiled, product: str) -> None:
+    assert code.count_in_loop(product) > 0, f"no {product}: products are not on the tensor cores"
     assert code.stack == 0, "registers are spilled"
     assert code.count("LDL", "STL") == 0, "registers are spilled"
     assert code.count_in_loop("LDGSTS") > 0, "rows and weights are not copied asynchronously"
@@ -102,7 +104,7 @@ def check_conv(code: Compiled, capability: int) -> None:
 @pytest.mark.parametrize("channels", [16, 32, 64, 128, 256])
 def test_default_configurations(capability: int, channels: int) -> None:
     code = compile_conv(capability, channels, channels)
-    check_conv(code, capability)
+    check_conv(code, INT8_PRODUCT[capability])
     # 1.5 * 2^23 and its negative: the rounding is not optimized away.
     assert "0f4B400000" in code.ptx
     assert "0fCB400000" in code.ptx
@@ -121,12 +123,20 @@ def test_default_configurations(capability: int, channels: int) -> None:
 def test_other_specializations(
     capability: int, cin: int, cout: int, residual: bool, out_dtype: torch.dtype, wide: bool
 ) -> None:
-    check_conv(compile_conv(capability, cin, cout, residual, out_dtype, wide), capability)
+    code = compile_conv(capability, cin, cout, residual, out_dtype, wide)
+    check_conv(code, INT8_PRODUCT[capability])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[3:])
 def test_relatives_of_the_main_architectures(capability: int) -> None:
-    check_conv(compile_conv(capability, 64, 64), capability)
+    check_conv(compile_conv(capability, 64, 64), INT8_PRODUCT[capability])
+
+
+@pytest.mark.parametrize("capability", MAIN)
+@pytest.mark.parametrize(("half", "channels"), [("*fp16", 64), ("*bf16", 256)])
+def test_half_precision(capability: int, half: str, channels: int) -> None:
+    code = compile_conv(capability, channels, channels, half=half)
+    check_conv(code, {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability])
 
 
 @pytest.mark.parametrize("capability", MAIN)

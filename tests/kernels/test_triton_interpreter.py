@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # 1,000 and more: FQUANT_TRITON_CASES=1000 python -m pytest tests/kernels/test_triton_interpreter.py
-CASES = int(os.environ.get("FQUANT_TRITON_CASES", "200"))
+CASES = int(os.environ.get("FQUANT_TRITON_CASES", "150"))
 
 
-@pytest.mark.parametrize("check", ["conv_int8", "kernel_map"])
+@pytest.mark.parametrize("check", ["conv_int8", "kernel_map", "conv_half"])
 def test_interpreted_kernels_equal_the_reference(check: str) -> None:
     path = [str(ROOT), str(ROOT / "kernels"), *sys.path]
     done = subprocess.run(

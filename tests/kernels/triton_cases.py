@@ -149,7 +149,8 @@ def check_conv_half(seed: int, device: str = "cpu") -> None:
 
     case = conv_case(seed).to(device)
     choose = random.Random(-seed)
-    dtype = choose.choice([torch.float16, torch.bfloat16])
+    # Triton's interpreter multiplies the bit patterns of bfloat16 matrices (3.9).
+    dtype = torch.float16 if device == "cpu" else choose.choice([torch.float16, torch.bfloat16])
     features, weight = (case.features.clamp(-4, 4) / 2).to(dtype), case.weight.clamp(-4, 4) / 2
     residual = None if case.residual is None else case.residual.to(dtype)
     arguments = (features, weight.to(dtype), case.neighbors, case.bias, residual, case.relu)
