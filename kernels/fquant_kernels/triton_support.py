@@ -39,8 +39,8 @@ def why_unavailable(device: torch.device | int | None = None) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs, this is an AMD build of torch"
     capability = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
     if capability < MIN_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
     need = MIN_TRITON_BLACKWELL if capability[0] >= 10 else MIN_TRITON
     if have < need:

@@ -44,7 +44,7 @@ def conv_case(seed: int) -> ConvCase:
     kind = shape.choice(["random", "random", "saturated", "ties", "large", "small"])
     cin, cout = shape.randint(1, 40), shape.randint(1, 40)
     has_bias, has_residual, relu = shape.random() < 0.7, shape.random() < 0.5, shape.random() < 0.5
-    out_dtype = shape.choice([torch.int8, *OUT_DTYPES])
+    out_dtype = torch.int8 if kind == "ties" else shape.choice([torch.int8, *OUT_DTYPES])
     num_inputs = choose.choice([0, 1, *(choose.randint(2, 60) for _ in range(8))])
     num_outputs = choose.choice([0, 1, *(choose.randint(2, 60) for _ in range(8))])
     num_taps = choose.choice([1, 8, 9, 27, choose.randint(0, 30)])
@@ -59,7 +59,7 @@ def conv_case(seed: int) -> ConvCase:
     def floats(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    limits = {"large": (100, 127), "saturated": (-128, 127), "small": (-3, 3), "ties": (-4, 4)}
+    limits = {"large": (100, 127), "saturated": (-128, 127), "small": (-3, 3), "ties": (-2, 2)}
     low, high = limits.get(kind, (-128, 127))
     features = integers(low, high, num_inputs, cin).to(torch.int8)
     weight = integers(low, high, cout, num_taps, cin).to(torch.int8)

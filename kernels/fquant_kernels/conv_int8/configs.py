@@ -60,7 +60,7 @@ def candidates(cin: int, cout: int, tile_rows: int, capability: tuple[int, int])
     default = default_config(cin, cout, tile_rows, capability)
     found = [default]
     for block_n in {default.block_n, max(16, default.block_n // 2)}:
-        for block_k in {default.block_k, 64, 128} if cin > 32 else {32}:
+        for block_k in {default.block_k, 64, 128 if cin > 64 else 64} if cin > 32 else {32}:
             for num_warps in (4, 8):
                 for num_stages in (4, 5):
                     if tile_rows * block_n <= 2048 * num_warps:
