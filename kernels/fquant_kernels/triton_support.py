@@ -22,6 +22,8 @@ MIN_TRITON_BLACKWELL = (3, 9)
 # For every launch: by default a product and a sum become one rounding, which no definition has.
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
+_implementations: dict[str, Callable[..., Any]] = {}
+
 
 def why_unavailable(device: torch.device | int | None = None) -> str | None:
     """Returns why the Triton kernels cannot run on a CUDA device, or None where they can.
@@ -79,4 +81,10 @@ def register_triton(
             return reference(*args, **kwargs)
         return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
+    _implementations[op.name()] = cuda
     register_backend(op, "cuda", check_args, cuda)
+
+
+def triton_ops() -> dict[str, Callable[..., Any]]:
+    """Returns the ops that have a Triton implementation, by name; touches no GPU."""
+    return dict(_implementations)

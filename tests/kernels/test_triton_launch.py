@@ -37,7 +37,6 @@ def test_measured_choice_is_stored_and_found(tmp_path: Path) -> None:
     tuning_cache.store(tmp_path / "new", name, (128, 64, 8, 5), 0.05)
     assert tuning_cache.look_up(tmp_path / "new", name) == (128, 64, 8, 5)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
-    assert tuning_cache.look_up(None, name) is None
 
 
 @pytest.mark.parametrize(

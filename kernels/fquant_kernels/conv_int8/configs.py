@@ -76,8 +76,10 @@ def config_for(cin: int, cout: int, tile_rows: int, device: torch.device) -> Con
     """
     if device.type != "cuda":  # Triton's interpreter
         return default_config(cin, cout, tile_rows, (9, 0))
-    key = tuning_cache.key("sparse_conv_int8", device, cin=cin, cout=cout, tile_rows=tile_rows)
-    values = tuning_cache.look_up(tuning_cache.folder_from_environment(), key)
-    if values is not None:
-        return Config(*values)
+    folder = tuning_cache.folder_from_environment()
+    if folder is not None:
+        key = tuning_cache.key("sparse_conv_int8", device, cin=cin, cout=cout, tile_rows=tile_rows)
+        values = tuning_cache.look_up(folder, key)
+        if values is not None:
+            return Config(*values)
     return default_config(cin, cout, tile_rows, torch.cuda.get_device_capability(device))

@@ -32,13 +32,13 @@ def key(op: str, device: torch.device, **shape: int) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def look_up(folder: Path | None, name: str) -> tuple[int, ...] | None:
+def look_up(folder: Path, name: str) -> tuple[int, ...] | None:
     """Returns the stored parameters, or None; reads each file once per process.
 
     Raises:
         ValueError: the file is not one that `store` wrote.
     """
-    if folder is None or not (folder / name).is_file():
+    if not (folder / name).is_file():
         return None
     text = (folder / name).read_text(encoding="utf-8")
     try:
