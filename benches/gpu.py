@@ -103,14 +103,14 @@ def measure(runs: dict[str, Any], rounds: int, dry_run: bool) -> dict[str, dict[
 
 def plan_runs(scene: Scene, neighbors: torch.Tensor, tile_rows: int) -> dict[str, Any]:
     """What is computed once per resolution, not per layer."""
-    from fquant_kernels.kernel_map import cuda_triton
+    from fquant_kernels.kernel_map import cuda_triton, reference
 
     geometry = (scene.spatial_shape, KERNEL, ONE, ONE, ONE)
     order = mask_order(neighbors)
     coords = scene.coords.to(neighbors.device)
     return {
         "kernel map, Triton": lambda: cuda_triton.kernel_neighbors(coords, coords, *geometry),
-        "kernel map, torch": lambda: kernel_neighbors(coords, coords, *geometry),
+        "kernel map, torch": lambda: reference.kernel_neighbors(coords, coords, *geometry),
         "rulebook, Triton": lambda: cuda_triton.tile_rulebook(neighbors, tile_rows),
         "rulebook, Triton, mask-sorted": lambda: cuda_triton.tile_rulebook(
             neighbors, tile_rows, order
