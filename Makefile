@@ -27,7 +27,7 @@ bench: $(VENV)/.installed
 # For a machine with an NVIDIA GPU (compute capability 8.0 or newer), torch and Triton; no venv.
 gpu:
 	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
-		PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/gpu; fi
+		PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default tests/gpu; fi
 	PYTHONPATH=.:kernels $(PYTHON) -m benches.gpu $(ARGS)
 
 $(BIN)/python:
