@@ -8,7 +8,7 @@ RUN := TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(CACHE)/matplot
        TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
 SOURCES := pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench gpu sanitize clean
 
 demo: $(VENV)/.installed
 	$(RUN) $(BIN)/fquant demo $(ARGS)
@@ -23,6 +23,12 @@ lint: $(VENV)/.lint-installed
 
 bench: $(VENV)/.installed
 	$(RUN) $(BIN)/python -m benches $(ARGS)
+
+# For a machine with an NVIDIA GPU (compute capability 8.0 or newer), torch and Triton; no venv.
+gpu:
+	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+		PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default tests/gpu; fi
+	PYTHONPATH=.:kernels $(PYTHON) -m benches.gpu $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

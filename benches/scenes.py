@@ -140,6 +140,17 @@ def synthetic(name: str, sweeps: int | None = None) -> Scene:
     return Scene(name if sweeps is None else f"{name}-{sweeps}", coords, shape)
 
 
+def of_size(num_voxels: int) -> Scene:
+    """Returns the first `num_voxels` voxels of as many nuScenes-like sweeps as that takes."""
+    sweeps = 1 + num_voxels // 14_000
+    while True:
+        cloud = synthetic("nuscenes", sweeps)
+        if len(cloud.coords) >= num_voxels:
+            coords = cloud.coords[:num_voxels].contiguous()
+            return Scene(f"{cloud.name}-{num_voxels}", coords, cloud.spatial_shape)
+        sweeps *= 2
+
+
 def data_folder() -> Path | None:
     """Returns the folder of real scans: `$FQUANT_DATA/lidar`, else `../shared/data/lidar`."""
     root = os.environ.get("FQUANT_DATA")

@@ -5,11 +5,15 @@ checks arguments and registers it. This package knows nothing of records, trees 
 """
 
 from fquant_kernels.conv_float import sparse_conv_float
-from fquant_kernels.conv_int8 import sparse_conv_int8
+from fquant_kernels.conv_half import sparse_conv_half
+from fquant_kernels.conv_int8 import pack_weight, sparse_conv_int8, sparse_conv_int8_tiles
 from fquant_kernels.doctor import Check, check_neighbors, self_test
 from fquant_kernels.kernel_map import (
+    TileRulebook,
     conv_output_coords,
     kernel_neighbors,
+    mask_order,
+    tile_rulebook,
     transpose_neighbors,
     transposed_conv_output_coords,
 )
@@ -18,13 +22,19 @@ from fquant_kernels.registry import Backend, backends
 __all__ = [
     "Backend",
     "Check",
+    "TileRulebook",
     "backends",
     "check_neighbors",
     "conv_output_coords",
     "kernel_neighbors",
+    "mask_order",
+    "pack_weight",
     "self_test",
     "sparse_conv_float",
+    "sparse_conv_half",
     "sparse_conv_int8",
+    "sparse_conv_int8_tiles",
+    "tile_rulebook",
     "transpose_neighbors",
     "transposed_conv_output_coords",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fquant_kernels import triton_support
 from fquant_kernels.library import register_backend
 
 
@@ -71,4 +72,8 @@ def backends() -> list[Backend]:
         ...     print(backend)
         fquant::...
     """
-    return list(_offered)
+    on_cuda = [
+        Backend(op, "cuda", "triton", triton_support.why_unavailable(), implementation)
+        for op, implementation in triton_support.triton_ops().items()
+    ]
+    return [*_offered, *on_cuda]

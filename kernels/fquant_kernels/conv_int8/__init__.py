@@ -1,5 +1,7 @@
 """int8 sparse convolution with the fused requantizing epilogue."""
 
 from fquant_kernels.conv_int8.op import sparse_conv_int8
+from fquant_kernels.conv_int8.packing import pack_weight
+from fquant_kernels.conv_int8.tiles import sparse_conv_int8_tiles
 
-__all__ = ["sparse_conv_int8"]
+__all__ = ["pack_weight", "sparse_conv_int8", "sparse_conv_int8_tiles"]

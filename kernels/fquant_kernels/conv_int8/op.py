@@ -7,6 +7,7 @@ from fquant_kernels import native
 from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.library import define_inference_op
 from fquant_kernels.registry import offer
+from fquant_kernels.triton_support import register_triton
 
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
@@ -102,6 +103,7 @@ offer(
     native.why_unavailable,
     native.describe_isas(),
 )
+register_triton(_op, check_args, "fquant_kernels.conv_int8.cuda_triton", reference.sparse_conv_int8)
 
 
 def sparse_conv_int8(

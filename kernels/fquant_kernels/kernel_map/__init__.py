@@ -11,12 +11,16 @@ from fquant_kernels.kernel_map.reference import (
     linear_keys,
     transposed_conv_output_shape,
 )
+from fquant_kernels.kernel_map.rulebook import TileRulebook, mask_order, tile_rulebook
 
 __all__ = [
+    "TileRulebook",
     "conv_output_coords",
     "conv_output_shape",
     "kernel_neighbors",
     "linear_keys",
+    "mask_order",
+    "tile_rulebook",
     "transpose_neighbors",
     "transposed_conv_output_coords",
     "transposed_conv_output_shape",

@@ -15,6 +15,7 @@ from fquant_kernels import native
 from fquant_kernels.kernel_map import cpu, reference
 from fquant_kernels.library import define_inference_op
 from fquant_kernels.registry import offer
+from fquant_kernels.triton_support import register_triton
 
 MAX_DIMS = 8
 _GEOMETRY = "SymInt[] spatial_shape, int[] kernel_size, int[] stride, int[] padding, int[] dilation"
@@ -141,6 +142,12 @@ _kernel_neighbors = _define(
     reference.kernel_neighbors,
     _fake_kernel_neighbors,
     cpu.kernel_neighbors,
+)
+register_triton(
+    _kernel_neighbors,
+    check_kernel_neighbors,
+    "fquant_kernels.kernel_map.cuda_triton",
+    reference.kernel_neighbors,
 )
 _transpose_neighbors = _define(
     "transpose_neighbors(Tensor neighbors, SymInt num_inputs) -> Tensor",
