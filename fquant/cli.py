@@ -1,4 +1,4 @@
-"""The command line: `fquant demo`."""
+"""The command line: `fquant demo` and `fquant doctor`."""
 
 import argparse
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0 when it did its work, 1 when something it needs is missing."""
+    """Runs one command; returns 0 when it did its work, 1 when something is missing or wrong."""
     parser = argparse.ArgumentParser(prog="fquant", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
@@ -19,7 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of the initial weights (default 0)")
     demo.add_argument("--picture", type=Path, default=Path("demo.png"), help="default demo.png")
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
-    return _demo(parser.parse_args(arguments))
+    demo.set_defaults(run=_demo)
+    doctor = commands.add_parser(
+        "doctor", help="say which kernels serve which op here, and test them against the reference"
+    )
+    doctor.add_argument("--seconds", type=float, default=5.0, help="of testing (default 5)")
+    doctor.set_defaults(run=_doctor)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -38,3 +45,22 @@ def _demo(options: argparse.Namespace) -> int:
         False if options.no_progress else None,
     )
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import torch
+
+    import fquant_kernels
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    found = fquant_kernels.backends()
+    for backend in found:
+        print(backend)
+    if all(backend.unavailable is not None for backend in found):
+        print("every op is served by its reference, in plain torch")
+    print(f"\nself-test against the reference, {options.seconds:g} s")
+    checks = fquant_kernels.self_test(options.seconds)
+    for check in checks:
+        verdict = "equal" if check.failure is None else f"WRONG, {check.failure}"
+        print(f"{check.backend}: {check.cases} cases, {verdict}")
+    return 0 if all(check.failure is None for check in checks) else 1

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("sklearn", reason="the digits ship inside scikit-learn")
 
-from fquant.cli import main
 from fquant.demo.data import load_digits, make_batch
 from fquant.demo.run import run_demo
 from fquant.demo.training import WEIGHT_DECAY, adam_init, adam_step
@@ -56,16 +55,3 @@ def test_adamw_against_torch():
         optimizer.step()
         params, state = adam_step(params, gradients, state, 0.1)
     assert torch.allclose(params["w"], theirs.detach(), atol=1e-6)
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["demo", "--help"])
-    assert stop.value.code == 0
-    assert "--qat-epochs" in capsys.readouterr().out
-
-
-def test_missing_scikit_learn_is_said(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["demo"]) == 1
-    assert "pip install 'fquant[demo]'" in capsys.readouterr().err
