@@ -25,6 +25,11 @@ struct Int8Traits : Int8Base {
     for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
     for (int64_t c = channels; c < width; ++c) to[c] = 0;
   }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const auto sum = [=](int64_t r) { return _mm256_cvtepi32_ps(load(acc + r * pitch)); };
+    finish_int8<Float>(a, sum, rows, channel, at, count);
+  }
 };
 
 struct FloatTraits {
@@ -44,11 +49,13 @@ struct FloatTraits {
   static __m256 broadcast(const Staged* p) { return _mm256_set1_ps(*p); }
   static V dot(V acc, W w, __m256 x) { return _mm256_fmadd_ps(w, x, acc); }
   static void stage_row(Staged*, const Elem*, int64_t, int64_t) {}
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
-                     int64_t count) {
-    V t = load(acc);
-    if (a.bias != nullptr) t = _mm256_add_ps(t, _mm256_loadu_ps(a.bias + channel));
-    Float::store(static_cast<float*>(a.out) + at, t, count);
+  static V zero() { return _mm256_setzero_ps(); }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const V bias = a.bias == nullptr ? zero() : load(a.bias + channel);
+    for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
+      Float::store(static_cast<float*>(a.out) + at, Float::add(load(acc + r * pitch), bias), count);
+    }
   }
 };
 

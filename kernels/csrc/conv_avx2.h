@@ -79,9 +79,5 @@ struct Int8Base {
     __builtin_memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
   }
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t minus, int64_t channel, int64_t at,
-                     int64_t count) {
-    const V sum = _mm256_sub_epi32(load(acc), _mm256_set1_epi32(static_cast<int32_t>(minus)));
-    finish_int8<Float>(a, _mm256_cvtepi32_ps(sum), channel, at, count);
-  }
+  static V zero() { return _mm256_setzero_si256(); }
 };

@@ -90,11 +90,14 @@ struct Int8Traits {
     __builtin_memcpy(to, from, channels);
     for (int64_t c = channels; c < width; ++c) to[c] = 0;
   }
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t minus, int64_t channel, int64_t at,
-                     int64_t count) {
-    const __m512i sum =
-        _mm512_sub_epi32(_mm512_loadu_si512(acc), _mm512_set1_epi32(static_cast<int32_t>(minus)));
-    finish_int8<Float>(a, _mm512_cvtepi32_ps(sum), channel, at, count);
+  static V zero() { return _mm512_setzero_si512(); }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t* minus,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const auto sum = [=](int64_t r) {
+      const V less = _mm512_set1_epi32(static_cast<int32_t>(minus[r]));
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(load(acc + r * pitch), less));
+    };
+    finish_int8<Float>(a, sum, rows, channel, at, count);
   }
 };
 
@@ -130,11 +133,13 @@ struct FloatTraits {
   static __m512 broadcast(const Staged* p) { return _mm512_set1_ps(*p); }
   static V dot(V acc, W w, __m512 x) { return _mm512_fmadd_ps(w, x, acc); }
   static void stage_row(Staged*, const Elem*, int64_t, int64_t) {}
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
-                     int64_t count) {
-    V t = _mm512_loadu_ps(acc);
-    if (a.bias != nullptr) t = _mm512_add_ps(t, _mm512_loadu_ps(a.bias + channel));
-    Float::store(static_cast<float*>(a.out) + at, t, count);
+  static V zero() { return _mm512_setzero_ps(); }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const V bias = a.bias == nullptr ? zero() : load(a.bias + channel);
+    for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
+      Float::store(static_cast<float*>(a.out) + at, Float::add(load(acc + r * pitch), bias), count);
+    }
   }
 };
 

@@ -25,6 +25,14 @@ struct Int8Traits : Int8Base {
     __builtin_memcpy(to, from, channels);
     for (int64_t c = channels; c < width; ++c) to[c] = 0;
   }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t* minus,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const auto sum = [=](int64_t r) {
+      const V less = _mm256_set1_epi32(static_cast<int32_t>(minus[r]));
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + r * pitch), less));
+    };
+    finish_int8<Float>(a, sum, rows, channel, at, count);
+  }
 };
 
 void row_sums(const ConvArgs& a, int64_t first, int64_t last) {

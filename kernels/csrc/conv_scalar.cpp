@@ -80,6 +80,7 @@ struct Base {
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
+  static V zero() { return V{}; }
   static void store(Acc* p, const V& v) { __builtin_memcpy(p, &v, sizeof(v)); }
   static W load_weight(const Weight* p) { return p; }
   static Acc broadcast(const Staged* p) { return *p; }
@@ -91,20 +92,23 @@ struct Base {
 };
 
 struct Int8Traits : Base<int8_t, int8_t, int16_t, int32_t> {
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
-                     int64_t count) {
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      finish_int8<Float>(a, static_cast<float>(acc[i]), channel + i, at + i, 1);
+      const auto sum = [=](int64_t r) { return static_cast<float>(acc[r * pitch + i]); };
+      finish_int8<Float>(a, sum, rows, channel + i, at + i, 1);
     }
   }
 };
 
 struct FloatTraits : Base<float, float, float, float> {
-  static void finish(const ConvArgs& a, const Acc* acc, uint32_t, int64_t channel, int64_t at,
-                     int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float bias = a.bias == nullptr ? 0.0f : a.bias[channel + i];
-      static_cast<float*>(a.out)[at + i] = acc[i] + bias;
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    for (int64_t r = 0; r < rows; ++r, acc += pitch, at += a.out_channels) {
+      for (int64_t i = 0; i < count; ++i) {
+        const float bias = a.bias == nullptr ? 0.0f : a.bias[channel + i];
+        static_cast<float*>(a.out)[at + i] = acc[i] + bias;
+      }
     }
   }
 };

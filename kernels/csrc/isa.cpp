@@ -25,7 +25,7 @@ bool has_avx2() {
 }  // namespace
 
 // __builtin_cpu_supports also asks the operating system about the wide registers.
-bool isa_available(int isa) {
+static bool detect(int isa) {
   switch (isa) {
     case kScalar:
       return true;
@@ -40,6 +40,13 @@ bool isa_available(int isa) {
     default:
       return false;
   }
+}
+
+// CPUID traps in virtual machines (tens of microseconds), so it is asked once.
+bool isa_available(int isa) {
+  static const bool available[] = {detect(kScalar), detect(kAvx2), detect(kAvxVnni),
+                                   detect(kAvx512Vnni)};
+  return isa >= kScalar && isa <= kAvx512Vnni && available[isa];
 }
 #else
 bool isa_available(int isa) { return isa == kScalar; }

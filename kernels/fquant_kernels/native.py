@@ -1,9 +1,8 @@
 """The compiled CPU kernels: a C library beside this file, called through ctypes.
 
-The library has one path per instruction set and asks the processor which of them run. The
-environment variable `FQUANT_CPU_ISA`, read at every call, forces one of `ISAS`.
-`FQUANT_LIBRARY_FOLDER`, read when the package is imported, is a folder with another build of the
-library (for `make sanitize`).
+The library has one path per instruction set and asks the processor which of them run.
+`FQUANT_CPU_ISA`, read at every call, forces one of `ISAS`. `FQUANT_LIBRARY_FOLDER`, read at import,
+is a folder with another build of the library (for `make sanitize`).
 """
 
 import ctypes
