@@ -256,6 +256,7 @@ def bench(name: str, package: Any, rounds: int) -> None:
     for variant, timing in times.items():
         row[f"{variant}_ms"] = timing.median * 1e3
     row["int8_GOP/s"] = operations / 1e9 / times["int8"].median
+    row["int8_of_peak"] = operations / times["int8"].median / harness.peak()
     row["int8_over_float"] = times["int8_with_rulebooks"].ratio(times["float_with_rulebooks"])
     if package is not None:
         row["int8_over_spconv"] = times["int8_with_rulebooks"].ratio(times["spconv"])

@@ -63,6 +63,15 @@ def as_broadcastable(
     return value.to(inputs.device, dtype)
 
 
+def require_same_device(function: str, argument: str, value: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless two tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{function}: {argument} must be on {like.device} like the features, "
+            f"got {value.device}."
+        )
+
+
 def compute_dtype(inputs: Tensor) -> torch.dtype:
     """The dtype that arithmetic on `inputs` is done in: float32, or float64 for float64.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fquant.checks import require_same_device
 from fquant.records import QTensor
 from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
 from fquant.sparse.tensor import SparseTensor
@@ -36,8 +37,8 @@ def subm_conv(
             build it here, which reads values and so runs in eager code only.
 
     Raises:
-        TypeError: x is no SparseTensor of float features.
-        ValueError: weight, bias or kernel_map does not fit x.
+        TypeError: x is no SparseTensor of float features, or weight has another dtype.
+        ValueError: weight, bias or kernel_map does not fit x or is on another device.
 
     References:
         Graham, van der Maaten 2017, Submanifold Sparse Convolutional Networks, arXiv 1706.01307.
@@ -79,8 +80,8 @@ def sparse_conv(
             build it here, which reads values and so runs in eager code only.
 
     Raises:
-        TypeError: x is no SparseTensor of float features.
-        ValueError: weight, bias or kernel_map does not fit x.
+        TypeError: x is no SparseTensor of float features, or weight has another dtype.
+        ValueError: weight, bias or kernel_map does not fit x or is on another device.
     """
     check_conv_args("sparse_conv", x, weight, bias)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
@@ -131,8 +132,12 @@ def check_conv_args(function: str, x: SparseTensor, weight: Tensor, bias: Tensor
             f"{function}: weight must have the features' dtype {x.features.dtype}, "
             f"got {weight.dtype}."
         )
+    require_same_device(function, "weight", weight, x.features)
     check_weight_shape(function, x, tuple(weight.shape))
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+    if bias is None:
+        return
+    require_same_device(function, "bias", bias, x.features)
+    if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
             f"{function}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}."
         )
@@ -152,6 +157,8 @@ def check_map(
     function: str, x: SparseTensor, weight_shape: Sequence[int] | None, kernel_map: KernelMap
 ) -> None:
     """Raises unless the map was built for as many cells as x has, and for the weight's kernel."""
+    features = x.features.q if isinstance(x.features, QTensor) else x.features
+    require_same_device(function, "kernel_map", kernel_map.neighbors, features)
     if x.features.shape[0] != kernel_map.in_coords.shape[0]:
         raise ValueError(
             f"{function}: kernel_map must be built for the {x.features.shape[0]} rows of "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fquant.checks import require_same_device
 from fquant.pytree import record, static
 from fquant.records import QTensor
 from fquant_kernels.kernel_map import linear_keys
@@ -47,7 +48,7 @@ class SparseTensor:
 
         Raises:
             TypeError: coords is not an int32 or int64 tensor.
-            ValueError: features and coords differ in length; a shape or size does not fit; a row of
+            ValueError: features and coords differ in length or device; a shape or size does not fit; a row of
                 coords is negative, outside the grid or there twice; the grid has 2^63 cells or more.
 
         Example:
@@ -66,6 +67,8 @@ class SparseTensor:
                 f"SparseTensor.create: features must have shape (N, C) with N = {coords.shape[0]} "
                 f"like coords, got {tuple(features.shape)}."
             )
+        values = features.q if isinstance(features, QTensor) else features
+        require_same_device("SparseTensor.create", "coords", coords, values)
         return cls(features, coords, shape, batch_size)
 
     @classmethod

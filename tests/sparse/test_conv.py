@@ -177,6 +177,19 @@ OTHER = SparseTensor.from_dense(torch.ones(1, 2, 3, 4))
         (lambda: subm_conv(X.features, W), TypeError, "x must be a SparseTensor, got Tensor"),
         (lambda: subm_conv(fq.quantize(X, 0.1), W), TypeError, "got QTensor.*sparse_conv_int8"),
         (lambda: subm_conv(X, W.double()), TypeError, "weight must have the features' dtype"),
+        (lambda: subm_conv(X, W.to("meta")), ValueError, "weight must be on cpu like the features"),
+        (
+            lambda: subm_conv(X, W, torch.ones(3, device="meta")),
+            ValueError,
+            "bias must be on cpu like the features, got meta",
+        ),
+        (
+            lambda: subm_conv(
+                X.map(lambda f: f.to("meta")), W.to("meta"), kernel_map=subm_map(X, 3)
+            ),
+            ValueError,
+            "kernel_map must be on meta like the features, got cpu",
+        ),
         (lambda: subm_conv(X, W[..., :1]), ValueError, "Cin = 2 like the features"),
         (lambda: subm_conv(X, W[0]), ValueError, "2 kernel sizes"),
         (lambda: subm_conv(X, W, torch.ones(2)), ValueError, r"bias must have shape \(3,\)"),

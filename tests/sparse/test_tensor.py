@@ -50,6 +50,11 @@ def create(features=FEATURE, coords=ONE, shape=(4, 4), batch_size=1):
         (lambda: create(coords=ONE.float()), TypeError, "int32 or int64 tensor, got torch.float32"),
         (lambda: create(coords=[[0, 0, 0]]), TypeError, "int32 or int64 tensor, got list"),
         (lambda: create(torch.ones(2, 2)), ValueError, r"N = 1 like coords, got \(2, 2\)"),
+        (
+            lambda: create(FEATURE.to("meta")),
+            ValueError,
+            "coords must be on meta like the features",
+        ),
         (lambda: create(torch.ones(1)), ValueError, r"shape \(N, C\)"),
         (lambda: create(coords=ONE[:, :2]), ValueError, r"coords must have shape \(N, 3\)"),
         (lambda: create(coords=ONE - 1), ValueError, r"got row \[-1, -1, -1\]"),
