@@ -48,8 +48,9 @@ class SparseTensor:
 
         Raises:
             TypeError: coords is not an int32 or int64 tensor.
-            ValueError: features and coords differ in length or device; a shape or size does not fit; a row of
-                coords is negative, outside the grid or there twice; the grid has 2^63 cells or more.
+            ValueError: features and coords differ in length or device; a shape or size does not fit;
+                a row of coords is negative, outside the grid or there twice; the grid has 2^63 cells
+                or more.
 
         Example:
             >>> x = fquant.sparse.SparseTensor.create(
