@@ -24,7 +24,7 @@ inline int64_t compact(const int32_t* table, int64_t rows, int64_t inputs, int32
     const __m512i entry = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), live, table + r);
     const __mmask16 present = _mm512_cmplt_epu32_mask(entry, limit);
     wrong |= _mm512_cmpge_epi32_mask(entry, limit);
-    // Compressing in a register: compressing to memory is microcoded on Zen 4.
+    // In a register, then stored: compressing to memory is microcoded on some processors.
     _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(present, entry));
     const __m512i kept = _mm512_maskz_compress_epi32(present, ids);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(row + count), _mm512_cvtepi32_epi8(kept));

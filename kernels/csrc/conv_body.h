@@ -52,7 +52,7 @@ int64_t scratch_bytes(const ConvArgs& a) {
   return carve<T>(a, 0, &s);
 }
 
-template <class T, int V, int M, int STEPS, bool FRESH>
+template <class T, int V, int M, bool FRESH>
 inline __attribute__((always_inline)) void micro_tile(
     const typename T::Staged* features, int64_t stride, const int32_t* index, const uint8_t* row,
     const typename T::Weight* weight, int64_t steps, typename T::Acc* acc, int64_t pitch) {
@@ -68,9 +68,9 @@ inline __attribute__((always_inline)) void micro_tile(
       sum[m][v] = FRESH ? T::zero() : T::load(out[m] + v * T::kLanes);
     }
   }
-  const int64_t n = STEPS > 0 ? STEPS : steps;
+  // Unrolled by 4: 583 to 647 GOP/s at C = 64. A loop of known length is slower: 377 to 319 at 32.
 #pragma GCC unroll 4
-  for (int64_t s = 0; s < n; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
     typename T::W w[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -90,48 +90,31 @@ inline __attribute__((always_inline)) void micro_tile(
   }
 }
 
-template <class T, int V, int M, int STEPS, bool FRESH>
+template <class T, int V, int M, bool FRESH>
 inline __attribute__((always_inline)) void last_rows(
     int64_t left, const typename T::Staged* features, int64_t stride, const int32_t* index,
     const uint8_t* row, const typename T::Weight* weight, int64_t steps, typename T::Acc* acc,
     int64_t pitch) {
   if constexpr (M > 0) {
     if (left == M) {
-      micro_tile<T, V, M, STEPS, FRESH>(features, stride, index, row, weight, steps, acc, pitch);
+      micro_tile<T, V, M, FRESH>(features, stride, index, row, weight, steps, acc, pitch);
     } else {
-      last_rows<T, V, M - 1, STEPS, FRESH>(left, features, stride, index, row, weight, steps, acc, pitch);
+      last_rows<T, V, M - 1, FRESH>(left, features, stride, index, row, weight, steps, acc, pitch);
     }
   }
-}
-
-template <class T, int V, int STEPS, bool FRESH>
-void run_tile(int64_t pairs, const typename T::Staged* features, int64_t stride,
-              const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
-              int64_t steps, typename T::Acc* acc, int64_t pitch) {
-  constexpr int M = T::rows(V);
-  int64_t p = 0;
-  for (; p + M <= pairs; p += M) {
-    micro_tile<T, V, M, STEPS, FRESH>(features, stride, index + p, row + p, weight, steps, acc, pitch);
-  }
-  last_rows<T, V, M - 1, STEPS, FRESH>(pairs - p, features, stride, index + p, row + p, weight, steps,
-                                acc, pitch);
 }
 
 template <class T, int V, bool FRESH>
 void run_tile(int64_t pairs, const typename T::Staged* features, int64_t stride,
               const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
               int64_t steps, typename T::Acc* acc, int64_t pitch) {
-  // A loop of known length: C = 32 went from 0.70 to 1 of its final speed (same run).
-  switch (steps * T::kGroup) {
-    case 16:
-      return run_tile<T, V, 16 / T::kGroup, FRESH>(pairs, features, stride, index, row, weight, steps, acc,
-                                            pitch);
-    case 32:
-      return run_tile<T, V, 32 / T::kGroup, FRESH>(pairs, features, stride, index, row, weight, steps, acc,
-                                            pitch);
-    default:
-      return run_tile<T, V, 0, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
+  constexpr int M = T::rows(V);
+  int64_t p = 0;
+  for (; p + M <= pairs; p += M) {
+    micro_tile<T, V, M, FRESH>(features, stride, index + p, row + p, weight, steps, acc, pitch);
   }
+  last_rows<T, V, M - 1, FRESH>(pairs - p, features, stride, index + p, row + p, weight, steps,
+                                acc, pitch);
 }
 
 template <class T, bool FRESH, int V = T::kTileVectors>
@@ -242,8 +225,8 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
   return true;
 }
 
-// The int8 epilogue (D10) of one vector of channels, each operation rounded on its own. F: the float
-// operations of the ISA; sum(r): the exact sums of row r as floats.
+// The int8 epilogue (D10) of one vector of channels, each operation rounded on its own.
+// F: the float operations of the ISA; sum(r): the exact sums of row r as floats.
 template <class F, bool BIAS, bool RESIDUAL, bool RELU, class Sum>
 inline void finish_rows(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t channel,
                         int64_t at, int64_t count) {

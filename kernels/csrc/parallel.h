@@ -1,7 +1,7 @@
 // A parallel loop with dynamic schedule on std::thread.
 //
-// Threads start per call (about 30 us each): no pool of ours competes with torch's, survives a
-// fork, or has to be shipped. Work below about 1 ms should ask for one thread.
+// Threads start per call (some tens of microseconds each): no pool of ours competes with torch's,
+// survives a fork, or has to be shipped. Work below about 1 ms should ask for one thread.
 #pragma once
 
 #include <atomic>
