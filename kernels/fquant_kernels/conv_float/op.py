@@ -4,38 +4,25 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
+from fquant_kernels.checks import require_tensor
 from fquant_kernels.conv_float import cpu, reference
 from fquant_kernels.library import define_inference_op
 from fquant_kernels.registry import offer
+
+_NAME = "fquant::sparse_conv_float"
 
 
 def check_args(
     features: Tensor, weight: Tensor, neighbors: Tensor, bias: Tensor | None = None
 ) -> None:
     """Checks dtypes, shapes and devices; reads no values."""
-    where = "fquant::sparse_conv_float:"
-    wanted = [("features", features, torch.float32, 2), ("weight", weight, torch.float32, 3)]
-    wanted.append(("neighbors", neighbors, torch.int32, 2))
+    require_tensor(_NAME, "features", features, torch.float32, ("N", "Cin"), features)
+    expected = ("Cout", "K", features.shape[1])
+    require_tensor(_NAME, "weight", weight, torch.float32, expected, features)
+    num_out_channels, num_taps, _ = weight.shape
+    require_tensor(_NAME, "neighbors", neighbors, torch.int32, (num_taps, "M"), features)
     if bias is not None:
-        wanted.append(("bias", bias, torch.float32, 1))
-    for name, tensor, dtype, ndim in wanted:
-        if tensor.dtype != dtype:
-            raise TypeError(f"{where} {name} must be {dtype}, got {tensor.dtype}.")
-        if tensor.ndim != ndim:
-            raise ValueError(f"{where} {name} must have {ndim} axes, got {tuple(tensor.shape)}.")
-        if tensor.device != features.device:
-            raise ValueError(
-                f"{where} {name} must be on {features.device} like features, got {tensor.device}."
-            )
-    if weight.shape[1] != neighbors.shape[0] or weight.shape[2] != features.shape[1]:
-        raise ValueError(
-            f"{where} weight must be (Cout, K, Cin) with K = {neighbors.shape[0]} and "
-            f"Cin = {features.shape[1]}, got {tuple(weight.shape)}."
-        )
-    if bias is not None and bias.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"{where} bias must be (Cout,) = ({weight.shape[0]},), got {tuple(bias.shape)}."
-        )
+        require_tensor(_NAME, "bias", bias, torch.float32, (num_out_channels,), features)
 
 
 def fake(features: Tensor, weight: Tensor, neighbors: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,26 +3,13 @@
 import torch
 from torch import Tensor
 
+from fquant_kernels.checks import require_tensor
 from fquant_kernels.conv_half import reference
 from fquant_kernels.library import define_inference_op
 from fquant_kernels.triton_support import register_triton
 
 DTYPES = (torch.float16, torch.bfloat16)
 _NAME = "fquant::sparse_conv_half"
-
-
-def _require(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[object, ...], like: Tensor
-) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{_NAME}: {name} must be {dtype}, got {tensor.dtype}.")
-    if tensor.ndim != len(shape) or any(
-        isinstance(want, int | torch.SymInt) and have != want
-        for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        raise ValueError(f"{_NAME}: {name} must have shape {shape}, got {tuple(tensor.shape)}.")
-    if tensor.device != like.device:
-        raise ValueError(f"{_NAME}: {name} must be on {like.device}, got {tensor.device}.")
 
 
 def check_args(
@@ -36,14 +23,18 @@ def check_args(
     """Checks dtypes, shapes and devices; reads no values."""
     if features.dtype not in DTYPES:
         raise TypeError(f"{_NAME}: features must be one of {DTYPES}, got {features.dtype}.")
-    _require("features", features, features.dtype, ("N", "Cin"), features)
-    _require("weight", weight, features.dtype, ("Cout", "K", features.shape[1]), features)
+    require_tensor(_NAME, "features", features, features.dtype, ("N", "Cin"), features)
+    require_tensor(
+        _NAME, "weight", weight, features.dtype, ("Cout", "K", features.shape[1]), features
+    )
     cout, num_taps, _ = weight.shape
-    _require("neighbors", neighbors, torch.int32, (num_taps, "M"), features)
+    require_tensor(_NAME, "neighbors", neighbors, torch.int32, (num_taps, "M"), features)
     if bias is not None:
-        _require("bias", bias, torch.float32, (cout,), features)
+        require_tensor(_NAME, "bias", bias, torch.float32, (cout,), features)
     if residual is not None:
-        _require("residual", residual, features.dtype, (neighbors.shape[1], cout), features)
+        require_tensor(
+            _NAME, "residual", residual, features.dtype, (neighbors.shape[1], cout), features
+        )
 
 
 def fake(

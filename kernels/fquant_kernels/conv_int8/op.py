@@ -4,29 +4,16 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
+from fquant_kernels.checks import check_epilogue, require_tensor
 from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.library import define_inference_op
 from fquant_kernels.registry import offer
 from fquant_kernels.triton_support import register_triton
 
+_NAME = "fquant::sparse_conv_int8"
 # |int8 * int8| <= 2^14, so K * Cin products fit int32 while K * Cin <= (2^31 - 1) / 2^14.
 MAX_PRODUCTS = 131_071
 OUT_DTYPES = (torch.int8, torch.float16, torch.float32)
-
-
-def _require(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[object, ...], like: Tensor
-) -> None:
-    where = f"fquant::sparse_conv_int8: {name} must"
-    if tensor.dtype != dtype:
-        raise TypeError(f"{where} be {dtype}, got {tensor.dtype}.")
-    if tensor.ndim != len(shape) or any(
-        isinstance(want, int | torch.SymInt) and have != want
-        for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        raise ValueError(f"{where} have shape {shape}, got {tuple(tensor.shape)}.")
-    if tensor.device != like.device:
-        raise ValueError(f"{where} be on {like.device} like features, got {tensor.device}.")
 
 
 def check_args(
@@ -41,32 +28,22 @@ def check_args(
     out_dtype: torch.dtype | None = None,
 ) -> None:
     """Checks dtypes, shapes and devices; reads no values."""
-    _require("features", features, torch.int8, ("N", "Cin"), features)
-    _require("weight", weight, torch.int8, ("Cout", "K", features.shape[1]), features)
+    require_tensor(_NAME, "features", features, torch.int8, ("N", "Cin"), features)
+    expected = ("Cout", "K", features.shape[1])
+    require_tensor(_NAME, "weight", weight, torch.int8, expected, features)
     num_out_channels, num_taps, num_channels = weight.shape
-    _require("neighbors", neighbors, torch.int32, (num_taps, "M"), features)
-    _require("scale", scale, torch.float32, (num_out_channels,), features)
-    if bias is not None:
-        _require("bias", bias, torch.float32, (num_out_channels,), features)
-    if (residual is None) != (residual_scale is None):
-        raise ValueError(
-            "fquant::sparse_conv_int8: residual and residual_scale must be given together, "
-            f"got residual {'absent' if residual is None else 'given'}, "
-            f"residual_scale {'absent' if residual_scale is None else 'given'}."
-        )
-    if residual is not None and residual_scale is not None:
-        out_shape = (neighbors.shape[1], num_out_channels)
-        _require("residual", residual, torch.int8, out_shape, features)
-        _require("residual_scale", residual_scale, torch.float32, (), features)
+    require_tensor(_NAME, "neighbors", neighbors, torch.int32, (num_taps, "M"), features)
+    num_outputs = neighbors.shape[1]
+    check_epilogue(
+        _NAME, features, num_outputs, num_out_channels, scale, bias, residual, residual_scale
+    )
     if num_taps * num_channels > MAX_PRODUCTS:
         raise ValueError(
-            f"fquant::sparse_conv_int8: K * Cin must be at most {MAX_PRODUCTS}, so that int32 sums "
+            f"{_NAME}: K * Cin must be at most {MAX_PRODUCTS}, so that int32 sums "
             f"cannot overflow, got {num_taps} * {num_channels} = {num_taps * num_channels}."
         )
     if out_dtype is not None and out_dtype not in OUT_DTYPES:
-        raise TypeError(
-            f"fquant::sparse_conv_int8: out_dtype must be one of {OUT_DTYPES}, got {out_dtype}."
-        )
+        raise TypeError(f"{_NAME}: out_dtype must be one of {OUT_DTYPES}, got {out_dtype}.")
 
 
 def fake(

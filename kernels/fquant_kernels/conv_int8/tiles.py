@@ -7,6 +7,7 @@ share a map, and weights that do not change, can do both once.
 import torch
 from torch import Tensor
 
+from fquant_kernels.checks import check_epilogue, require_tensor
 from fquant_kernels.conv_int8 import reference
 from fquant_kernels.conv_int8.op import MAX_PRODUCTS, OUT_DTYPES
 from fquant_kernels.conv_int8.packing import pad_channels, padded_channels
@@ -15,20 +16,6 @@ from fquant_kernels.library import define_inference_op
 from fquant_kernels.triton_support import register_triton
 
 _NAME = "fquant::sparse_conv_int8_tiles"
-
-
-def _require(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[object, ...], like: Tensor
-) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{_NAME}: {name} must be {dtype}, got {tensor.dtype}.")
-    if tensor.ndim != len(shape) or any(
-        isinstance(want, int | torch.SymInt) and have != want
-        for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        raise ValueError(f"{_NAME}: {name} must have shape {shape}, got {tuple(tensor.shape)}.")
-    if tensor.device != like.device:
-        raise ValueError(f"{_NAME}: {name} must be on {like.device}, got {tensor.device}.")
 
 
 def check_args(
@@ -46,23 +33,18 @@ def check_args(
     out_dtype: torch.dtype | None = None,
 ) -> None:
     """Checks dtypes, shapes and devices; reads no values."""
-    _require("features", features, torch.int8, ("N", "Cin"), features)
+    require_tensor(_NAME, "features", features, torch.int8, ("N", "Cin"), features)
     padded = padded_channels(features.shape[1])
-    _require("packed_weight", packed_weight, torch.int8, ("K", "Cout", padded), features)
+    require_tensor(
+        _NAME, "packed_weight", packed_weight, torch.int8, ("K", "Cout", padded), features
+    )
     num_taps, cout, _ = packed_weight.shape
-    _require("spans", spans, torch.int32, ("T", 2), features)
-    _require("rows", rows, torch.int32, ("S", "B"), features)
+    require_tensor(_NAME, "spans", spans, torch.int32, ("T", 2), features)
+    require_tensor(_NAME, "rows", rows, torch.int32, ("S", "B"), features)
     check_tile_rows(_NAME, rows.shape[1])
-    _require("taps", taps, torch.int32, (rows.shape[0],), features)
-    _require("order", order, torch.int32, ("M",), features)
-    _require("scale", scale, torch.float32, (cout,), features)
-    if bias is not None:
-        _require("bias", bias, torch.float32, (cout,), features)
-    if (residual is None) != (residual_scale is None):
-        raise ValueError(f"{_NAME}: residual and residual_scale must be given together.")
-    if residual is not None and residual_scale is not None:
-        _require("residual", residual, torch.int8, (order.shape[0], cout), features)
-        _require("residual_scale", residual_scale, torch.float32, (), features)
+    require_tensor(_NAME, "taps", taps, torch.int32, (rows.shape[0],), features)
+    require_tensor(_NAME, "order", order, torch.int32, ("M",), features)
+    check_epilogue(_NAME, features, order.shape[0], cout, scale, bias, residual, residual_scale)
     if num_taps * padded > MAX_PRODUCTS:
         raise ValueError(
             f"{_NAME}: K times the padded channels must be at most {MAX_PRODUCTS}, so that int32 "
