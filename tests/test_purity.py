@@ -62,7 +62,12 @@ TREE_CALLS = {
     "transpose_map": (sparse.transpose_map, MAP),
     "subm_conv": (lambda t: sparse.subm_conv(t[0], t[1]["w"], t[1]["b"]), (CELLS, PARAMS)),
     "sparse_conv": (lambda t: sparse.sparse_conv(t[0], t[1]["w"], t[1]["b"]), (CELLS, PARAMS)),
+    "transposed_conv_map": (lambda c: sparse.transposed_conv_map(c, 2, 2), CELLS),
     "max_pool": (lambda c: sparse.max_pool(c, 2), CELLS),
+    "avg_pool": (lambda c: sparse.avg_pool(c, 2), CELLS),
+    "global_avg_pool": (sparse.global_avg_pool, CELLS),
+    "global_max_pool": (sparse.global_max_pool, CELLS),
+    "from_points": (lambda p: sparse.from_points(p, p, 1.0, [-3.0] * 4, [3.0] * 4), X),
     "sparse_conv_int8": (
         lambda t: sparse.sparse_conv_int8(
             t[0], t[1], t[2], kernel_map=t[3], output_scale=t[4], relu=True

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 import fquant as fq
-from fquant.sparse import SparseTensor, conv_map, max_pool, sparse_conv, subm_conv, subm_map
+from fquant.sparse import (
+    SparseTensor,
+    avg_pool,
+    conv_map,
+    global_avg_pool,
+    global_max_pool,
+    max_pool,
+    sparse_conv,
+    subm_conv,
+    subm_map,
+)
 from fquant.testing import transforms
 from fquant.testing.dense import conv_dense, read_cells
 from fquant.testing.transforms import TransformCase, transform_matrix
@@ -172,6 +182,15 @@ def dense_conv(kernel_map, stride):
     return oracle
 
 
+def dense_avg_pool(features):
+    pooled = torch.nn.functional.avg_pool2d(CELLS.with_features(features).to_dense(), 3, 2, 1)
+    return read_cells(pooled, SparseTensor(features, STRIDED.out_coords, STRIDED.out_shape, 2))
+
+
+def largest_per_sample(features):
+    return torch.stack([features[CELLS.coords[:, 0] == sample].amax(0) for sample in range(2)])
+
+
 def dense_pool(features):
     dense = CELLS.with_features(features).to_dense()
     absent = (CELLS.with_features(torch.ones_like(features)).to_dense() == 0).double()
@@ -203,6 +222,29 @@ SPARSE = [
         dense_pool,
         (FEATURES,),
         atol=1e-12,
+    ),
+    TransformCase(
+        "avg_pool",
+        lambda f: avg_pool(CELLS.with_features(f), 3, kernel_map=STRIDED).features,
+        dense_avg_pool,
+        dense_avg_pool,
+        (FEATURES,),
+        atol=1e-12,
+    ),
+    TransformCase(
+        "global_avg_pool",
+        lambda f: global_avg_pool(CELLS.with_features(f)),
+        lambda f: CELLS.with_features(f).to_dense().mean(dim=(2, 3)),
+        lambda f: CELLS.with_features(f).to_dense().mean(dim=(2, 3)),
+        (FEATURES,),
+        atol=1e-12,
+    ),
+    TransformCase(
+        "global_max_pool",
+        lambda f: global_max_pool(CELLS.with_features(f)),
+        largest_per_sample,
+        largest_per_sample,
+        (FEATURES,),
     ),
     TransformCase(
         "to_dense",

@@ -7,18 +7,30 @@ y = sparse_conv_int8(x, weight, bias, kernel_map=...)        int8, fused, no der
 
 from fquant.sparse.conv import sparse_conv, subm_conv
 from fquant.sparse.int8 import sparse_conv_int8
-from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map, transpose_map
-from fquant.sparse.pool import max_pool
+from fquant.sparse.kernel_map import (
+    KernelMap,
+    conv_map,
+    subm_map,
+    transpose_map,
+    transposed_conv_map,
+)
+from fquant.sparse.points import from_points
+from fquant.sparse.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fquant.sparse.tensor import SparseTensor
 
 __all__ = [
     "KernelMap",
     "SparseTensor",
+    "avg_pool",
     "conv_map",
+    "from_points",
+    "global_avg_pool",
+    "global_max_pool",
     "max_pool",
     "sparse_conv",
     "sparse_conv_int8",
     "subm_conv",
     "subm_map",
     "transpose_map",
+    "transposed_conv_map",
 ]

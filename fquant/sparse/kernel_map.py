@@ -15,7 +15,7 @@ from torch import Tensor
 import fquant_kernels
 from fquant.pytree import record, static
 from fquant.sparse.tensor import check_coords
-from fquant_kernels.kernel_map import conv_output_shape
+from fquant_kernels.kernel_map import conv_output_shape, transposed_conv_output_shape
 
 
 class Cells(Protocol):
@@ -151,6 +151,64 @@ def conv_map(
     neighbors = fquant_kernels.kernel_neighbors(
         cells.coords, out_coords, shape, kernel, step, border, spacing
     )
+    return KernelMap(
+        neighbors, cells.coords, out_coords, shape, out_shape, cells.batch_size, kernel
+    )
+
+
+def transposed_conv_map(
+    cells: Cells,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    output_padding: int | Sequence[int] = 0,
+) -> KernelMap:
+    """Returns the map of a transposed convolution, which makes new cells around the active ones.
+
+    Input cell i writes, at offset k, output cell `i * stride - padding + k * dilation` where that
+    is in the output grid, whose size is torch's,
+    `(size - 1) stride - 2 padding + dilation (kernel - 1) + output_padding + 1`. Outputs are sorted
+    by linear key. For the inverse of a convolution, at that convolution's inputs, use
+    `transpose_map`.
+
+    Args:
+        cells: a SparseTensor, or a KernelMap for the cells it writes.
+        kernel_size: taps per axis; this and the next, one int for all axes or one per axis.
+        stride: output cells per input cell.
+        padding: output cells cut off before and after each axis.
+        dilation: output cells between taps.
+        output_padding: output cells added after each axis.
+
+    Raises:
+        TypeError, ValueError: coords as in `SparseTensor.create`.
+        ValueError: a size is out of range, or the output grid would be empty.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0]]]))
+        >>> transposed_conv_map(x, kernel_size=2, stride=2).out_coords.tolist()
+        [[0, 2], [0, 3]]
+    """
+    axes = len(cells.spatial_shape)
+    name = "transposed_conv_map"
+    kernel = _per_axis(name, "kernel_size", kernel_size, axes, 1)
+    step = _per_axis(name, "stride", stride, axes, 1)
+    border = _per_axis(name, "padding", padding, axes, 0)
+    spacing = _per_axis(name, "dilation", dilation, axes, 1)
+    extra = _per_axis(name, "output_padding", output_padding, axes, 0)
+    shape = cells.spatial_shape
+    geometry = (kernel, step, border, spacing)
+    out_shape = transposed_conv_output_shape(shape, *geometry, extra)
+    if min(out_shape) < 1:
+        raise ValueError(
+            f"{name}: padding {border} must leave a cell of the output, "
+            f"got an output grid of {out_shape}."
+        )
+    check_coords(name, cells.coords, shape, cells.batch_size)
+    out_coords = fquant_kernels.transposed_conv_output_coords(cells.coords, shape, *geometry, extra)
+    # A convolution from the output grid to the input cells reads just what this one writes.
+    reads = fquant_kernels.kernel_neighbors(out_coords, cells.coords, out_shape, *geometry)
+    neighbors = fquant_kernels.transpose_neighbors(reads, out_coords.shape[0])
     return KernelMap(
         neighbors, cells.coords, out_coords, shape, out_shape, cells.batch_size, kernel
     )

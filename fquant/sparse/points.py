@@ -1,0 +1,144 @@
+"""Voxelization: points with features to one row per occupied cell."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fquant.checks import require_floating
+from fquant.sparse.tensor import LARGEST_KEY, SparseTensor
+from fquant_kernels.kernel_map.reference import coords_of_keys
+
+REDUCTIONS = ("mean", "max", "first")
+
+
+def from_points(
+    points: Tensor,
+    features: Tensor,
+    voxel_size: float | Sequence[float],
+    lower: Sequence[float],
+    upper: Sequence[float],
+    *,
+    batch: Tensor | None = None,
+    batch_size: int = 1,
+    reduce: str = "mean",
+) -> tuple[SparseTensor, Tensor]:
+    """Returns (cells, cell_of_point): the occupied voxels of a range, and each point's row in them.
+
+    Point p lies in cell `floor((p - lower) / voxel_size)`; points outside `[lower, upper)`, and
+    points that are not finite, are left out and get row -1. Rows are sorted by linear key, and
+    points of a cell are reduced in their order, so the result is deterministic. Runs in eager code.
+
+    Args:
+        points: `(P, D)` float positions, D from 1 to 4; P may be 0.
+        features: `(P, C)` float.
+        voxel_size: edge of a voxel, in units of points, one or one per axis.
+        lower: least position per axis; the corner of the grid.
+        upper: end of the range per axis; the grid has `ceil((upper - lower) / voxel_size)` cells.
+        batch: `(P,)` integer sample of each point; None for one sample.
+        batch_size: number of samples.
+        reduce: "mean", "max" or "first" of the features of a cell's points; differentiable.
+
+    Raises:
+        TypeError: points or features is not a floating-point tensor.
+        ValueError: a shape does not fit, the range is empty, a sample is out of range, or reduce is
+            none of the three.
+
+    Example:
+        >>> points = torch.tensor([[0.1, 0.2], [0.3, 0.4], [2.5, 0.1]])
+        >>> cells, row = from_points(points, torch.tensor([[1.0], [3.0], [7.0]]), 1.0, [0, 0], [4, 4])
+        >>> cells.coords.tolist(), cells.features.T, row
+        ([[0, 0, 0], [0, 2, 0]], tensor([[2., 7.]]), tensor([0, 0, 1]))
+    """
+    require_floating("from_points", "points", points)
+    require_floating("from_points", "features", features)
+    low, high, size, shape = _grid(points, voxel_size, lower, upper, batch_size)
+    count = points.shape[0]
+    if features.ndim != 2 or features.shape[0] != count:
+        raise ValueError(
+            f"from_points: features must have shape (P, C) with P = {count} like points, "
+            f"got {tuple(features.shape)}."
+        )
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"from_points: reduce must be one of {REDUCTIONS}, got {reduce!r}.")
+    sample = _samples(points, batch, batch_size)
+
+    position = points.detach().double()
+    inside = ((position >= low) & (position < high)).all(dim=1)  # False for NaN
+    cell = ((position[inside] - low) / size).floor().long()
+    # A point just below `upper` may divide to the next cell in floating point.
+    cell = torch.minimum(cell, torch.tensor(shape, device=cell.device) - 1)
+    keys = sample[inside]
+    for axis, cells in enumerate(shape):
+        keys = keys * cells + cell[:, axis]
+    unique, row = keys.unique(return_inverse=True)
+    reduced = _reduce(features[inside], row, unique.shape[0], reduce)
+    cell_of_point = torch.full((count,), -1, dtype=torch.int64, device=points.device)
+    cell_of_point[inside] = row
+    coords = coords_of_keys(unique, shape, torch.int32 if max(shape) < 2**31 else torch.int64)
+    return SparseTensor(reduced, coords, shape, batch_size), cell_of_point
+
+
+def _grid(
+    points: Tensor,
+    voxel_size: float | Sequence[float],
+    lower: Sequence[float],
+    upper: Sequence[float],
+    batch_size: int,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    axes = len(lower)
+    if points.ndim != 2 or points.shape[1] != axes or not 1 <= axes <= 4:
+        raise ValueError(
+            f"from_points: points must have shape (P, {axes}) like lower, with 1 to 4 axes, "
+            f"got {tuple(points.shape)}."
+        )
+    edges = [voxel_size] * axes if isinstance(voxel_size, int | float) else list(voxel_size)
+    if len(edges) != axes or len(upper) != axes or min(edges) <= 0:
+        raise ValueError(
+            f"from_points: voxel_size and upper must have {axes} values like lower, sizes positive, "
+            f"got {voxel_size} and {tuple(upper)}."
+        )
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=points.device)
+
+    low, high, size = column(lower), column(upper), column(edges)
+    shape = tuple(int(n) for n in ((high - low) / size).ceil().tolist())
+    cells = batch_size
+    for n in shape:
+        cells *= n
+    if min(shape) < 1 or cells > LARGEST_KEY:
+        raise ValueError(
+            f"from_points: the range must hold 1 to 2^63 - 1 cells, got a grid of {shape}."
+        )
+    return low, high, size, shape
+
+
+def _samples(points: Tensor, batch: Tensor | None, batch_size: int) -> Tensor:
+    if batch is None:
+        return torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)
+    if batch.shape != points.shape[:1] or batch.is_floating_point():
+        raise ValueError(
+            f"from_points: batch must be integers of shape ({points.shape[0]},), "
+            f"got {batch.dtype} of shape {tuple(batch.shape)}."
+        )
+    if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < batch_size:
+        raise ValueError(
+            f"from_points: batch must be in [0, {batch_size}), "
+            f"got {int(batch.min())} to {int(batch.max())}."
+        )
+    return batch.long()
+
+
+def _reduce(features: Tensor, row: Tensor, num_cells: int, reduce: str) -> Tensor:
+    shape = (num_cells, features.shape[1])
+    if reduce == "first":
+        order = torch.arange(row.shape[0], device=row.device)
+        first = order.new_full((num_cells,), row.shape[0]).scatter_reduce(0, row, order, "amin")
+        return features[first]
+    if reduce == "max":
+        index = row.unsqueeze(1).expand_as(features)
+        zeros = features.new_zeros(shape)
+        return zeros.scatter_reduce(0, index, features, "amax", include_self=False)
+    count = features.new_zeros(num_cells).index_add(0, row, features.new_ones(row.shape[0]))
+    return features.new_zeros(shape).index_add(0, row, features) / count.unsqueeze(1)
