@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fquant.interception.stack import quantizable
 from fquant.records import QTensor
 from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
 from fquant.sparse.tensor import SparseTensor
@@ -12,6 +13,7 @@ from fquant.sparse.tensor import SparseTensor
 Sizes = int | Sequence[int]
 
 
+@quantizable(inputs=("x",), weight="weight")
 def subm_conv(
     x: SparseTensor,
     weight: Tensor,
@@ -51,6 +53,7 @@ def subm_conv(
     return convolve("subm_conv", x, weight, bias, kernel_map)
 
 
+@quantizable(inputs=("x",), weight="weight")
 def sparse_conv(
     x: SparseTensor,
     weight: Tensor,
