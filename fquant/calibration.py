@@ -51,7 +51,7 @@ def calibrate(
         seen = activations(batch)
         for site, observer in observers.items():
             if site in seen:
-                states[site] = _at(site, observer.update, states[site], seen[site])
+                states[site] = at_site(site, observer.update, states[site], seen[site])
     return states
 
 
@@ -67,7 +67,7 @@ def merge_stats(a: Stats, b: Stats, observers: Mapping[str, Observer]) -> dict[s
     _require_observers("merge_stats", {**a, **b}, observers)
     merged = {**a, **b}
     for site in a.keys() & b.keys():
-        merged[site] = _at(site, observers[site].merge, a[site], b[site])
+        merged[site] = at_site(site, observers[site].merge, a[site], b[site])
     return merged
 
 
@@ -78,7 +78,7 @@ def observed_amax(stats: Stats, observers: Mapping[str, Observer]) -> dict[str, 
         ValueError: a site was never observed (the message names it) or has no observer.
     """
     _require_observers("observed_amax", stats, observers)
-    return {site: _at(site, observers[site].amax, state) for site, state in stats.items()}
+    return {site: at_site(site, observers[site].amax, state) for site, state in stats.items()}
 
 
 def _require_observers(function: str, stats: Stats, observers: Mapping[str, Observer]) -> None:
@@ -87,7 +87,8 @@ def _require_observers(function: str, stats: Stats, observers: Mapping[str, Obse
         raise ValueError(f"{function}: observers must have every site of stats, lacks {missing}.")
 
 
-def _at(site: str, function: Callable[..., Any], *args: Any) -> Any:
+def at_site(site: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args); a ValueError from it names the site."""
     try:
         return function(*args)
     except ValueError as error:

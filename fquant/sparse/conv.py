@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fquant.checks import require_same_device
+from fquant.interception.stack import quantizable
 from fquant.records import QTensor
 from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
 from fquant.sparse.tensor import SparseTensor
@@ -13,6 +14,7 @@ from fquant.sparse.tensor import SparseTensor
 Sizes = int | Sequence[int]
 
 
+@quantizable(inputs=("x",), weight="weight")
 def subm_conv(
     x: SparseTensor,
     weight: Tensor,
@@ -52,6 +54,7 @@ def subm_conv(
     return convolve("subm_conv", x, weight, bias, kernel_map)
 
 
+@quantizable(inputs=("x",), weight="weight")
 def sparse_conv(
     x: SparseTensor,
     weight: Tensor,

@@ -1,0 +1,181 @@
+"""`make_plan`: one run of a model on tensors without data, in which rules meet operations."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from fquant.interception.interpreter import Interpreter
+from fquant.interception.operation import Arguments, Layout, Op, Slot, floats_of
+from fquant.interception.ops import DEFAULT_OPS, Ops
+from fquant.interception.shadow import shadow_of
+from fquant.op_rules import OpRule
+from fquant.plan import Operand, Plan, Site, quantizers_of
+from fquant.rules import UnusedRuleWarning
+
+_VALUE_READ = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+# Products of two activations by default; where an operand is a parameter itself, it is the weight.
+_PRODUCTS = ("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum")
+
+
+def make_plan(
+    model: nn.Module,
+    rules: Sequence[OpRule],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ops: Ops = DEFAULT_OPS,
+    method: str = "forward",
+    fake: bool = True,
+) -> Plan:
+    """Returns what the rules do to a model, found by running it once on tensors without data.
+
+    Args:
+        model: any module; not written.
+        rules: in order of precedence. Each that decided nothing is reported by an UnusedRuleWarning.
+        args: example arguments, of which shapes and dtypes count; any pytree of tensors.
+        kwargs: example keyword arguments.
+        ops: which functions are operations (`register_op`, `replace_forward`).
+        method: the method to follow, and to run in the transforms.
+        fake: run on tensors without data; False computes for real, for models whose control flow
+            looks at values. Then only the branches that the example takes are in the plan (`Plan.merge`).
+
+    Raises:
+        ValueError: a rule names an operation that the table does not have; the model reads values of
+            tensors and fake is True; a module has a forward set on the instance.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        >>> print(make_plan(model, fquant.w8a8(), (torch.ones(2, 4),)))
+        site        module  [rule]  operands
+        0/linear#0  Linear  [0]  input 2x4 int8; weight 3x4 int8 axis 0
+    """
+    shadow = shadow_of(model, ops.forwards, train=False, method=method)
+    state = {**dict(shadow.named_parameters()), **dict(shadow.named_buffers())}
+    inputs = (state, args, dict(kwargs or {}))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if fake:
+            mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+            inputs = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+            try:
+                with mode:
+                    planner = _run(shadow, inputs, ops, rules)
+            except _VALUE_READ as error:
+                raise ValueError(
+                    f"make_plan: {type(model).__name__} must not read values of tensors to be planned "
+                    "without data; fake=False runs it on the example for real."
+                ) from error
+        else:
+            planner = _run(shadow, pytree.tree_map_only(Tensor, torch.clone, inputs), ops, rules)
+    known = ops.names | planner.seen
+    unknown = sorted({op for rule in rules for op in rule.ops} - known)
+    if unknown:
+        raise ValueError(
+            f"make_plan: rules must name operations of ops, {sorted(known)}, got {unknown}."
+        )
+    for i, rule in enumerate(rules):
+        if i not in planner.used:
+            warnings.warn(f"{rule} decided no site.", UnusedRuleWarning, stacklevel=2)
+    return Plan(tuple(planner.sites.values()), tuple(rules), method)
+
+
+def opted(rules: Sequence[OpRule]) -> frozenset[str]:
+    """Returns the operations that rules name; of those that are opt-in, only these are sites."""
+    return frozenset(name for rule in rules for name in rule.ops)
+
+
+def _run(shadow: nn.Module, inputs: Any, ops: Ops, rules: Sequence[OpRule]) -> "_Planner":
+    state, args, kwargs = inputs
+    planner = _Planner(ops, rules, {id(tensor): name for name, tensor in state.items()})
+    planner.run(functional_call, shadow, state, args, kwargs)
+    return planner
+
+
+class _Planner(Interpreter):
+    """Writes down every site and what the first matching rule makes of it."""
+
+    def __init__(self, ops: Ops, rules: Sequence[OpRule], names: Mapping[int, str]) -> None:
+        super().__init__(ops, opted(rules))
+        self.rules = rules
+        self.names = names
+        self.sites: dict[str, Site] = {}
+        self.used: set[int] = set()
+        self.seen: set[str] = set()
+
+    def operands_at(self, name: str, op: Op, call: Arguments) -> Mapping[str, Any]:
+        site, rule = self._begin(name, op)
+        operands = [self._operand(op, slot, slot.read(call), call, rule) for slot in op.slots]
+        if rule is not None and rule.output is not None:
+            operands.append(
+                Operand("output", (), None, rule.output.at(*_output_layout(op, operands)))
+            )
+        kept = tuple(o for o in operands if o is not None)
+        if kept:
+            self._add(replace(site, operands=kept))
+        return {}
+
+    def operand_of_composite(self, name: str, op: Op, role: str, x: Any) -> Any:
+        site, rule = self._begin(name, op)
+        site = self.sites.get(site.name, site)
+        slot = next(slot for slot in op.slots if slot.role == role)
+        operand = self._operand(op, slot, x, ((), {}), rule)
+        if operand is not None and role not in [o.role for o in site.operands]:
+            self.sites[site.name] = replace(site, operands=(*site.operands, operand))
+        return x
+
+    def _begin(self, name: str, op: Op) -> tuple[Site, OpRule | None]:
+        self.seen.add(op.name)
+        frame = self.frames[-1]
+        classes = [f.cls for f in self.frames if f.cls is not None]
+        for i, rule in enumerate(self.rules):
+            if rule.matches(frame.path, classes, op.name, op.opt_in):
+                self.used.add(i)
+                name = name if rule.share else f"{name}@{frame.call}"
+                return Site(name, op.name, frame.path, self._module(), (), i), rule
+        return Site(name, op.name, frame.path, self._module(), (), None), None
+
+    def _module(self) -> str:
+        cls = self.frames[-1].cls
+        return "" if cls is None else cls.__name__
+
+    def _operand(
+        self, op: Op, slot: Slot, x: Any, call: Arguments, rule: OpRule | None
+    ) -> Operand | None:
+        if isinstance(x, list | tuple):
+            x = x[0] if x else None
+        values = floats_of(x)
+        if values is None:
+            return None
+        name = self.names.get(id(x))
+        weight = slot.kind == "weight" or (name is not None and op.name in _PRODUCTS)
+        choice = None if rule is None else rule.weight if weight else rule.inputs
+        quantizer = None if choice is None else choice.at(slot.layout(call), values.ndim)
+        return Operand(slot.role, tuple(map(int, values.shape)), name, quantizer)
+
+    def _add(self, site: Site) -> None:
+        known = self.sites.get(site.name, site)
+        if quantizers_of(known) != quantizers_of(site):
+            raise ValueError(
+                f"site {site.name!r}: calls of one module must not differ in what is quantized, got "
+                f"{quantizers_of(known)} and {quantizers_of(site)}; OpRule(share=False) tells them apart."
+            )
+        self.sites.setdefault(site.name, site)
+
+
+def _output_layout(op: Op, operands: Sequence[Operand | None]) -> tuple[Layout, int]:
+    """The output's channels are taken to be where the first input's are."""
+    for slot, operand in zip(op.slots, operands, strict=True):
+        if operand is not None and isinstance(slot.axis, int):
+            return Layout(slot.axis), len(operand.shape)
+    return Layout(-1), 1
