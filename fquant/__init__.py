@@ -19,22 +19,81 @@ from fquant.affine import (
 )
 from fquant.amax_quant import fake_affine_tensor_quant, fake_tensor_quant, tensor_quant
 from fquant.calibration import calibrate, merge_stats, observed_amax
-from fquant.observers import MaxObserver, MovingAverageObserver, Observer
+from fquant.codebook import NF4, Codebook
+from fquant.formats import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FP16,
+    QPYTORCH_E4M3,
+    QPYTORCH_E5M2,
+    QPYTORCH_FP16,
+    FloatFormat,
+    Format,
+)
+from fquant.observers import (
+    FixedWidthHistogramObserver,
+    Histogram,
+    HistogramObserver,
+    MaxObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    NonFiniteWarning,
+    Observer,
+    aciq_amax,
+    aciq_multiplier,
+    entropy_amax,
+    gaussian_std_from_range,
+    mse_amax,
+    octav_amax,
+    percentile_amax,
+    sqnr_amax,
+)
 from fquant.params import dequantize_params, fake_quant_params, param_scales, quantize_params
 from fquant.pytree import split_floating
 from fquant.records import QTensor
+from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
+from fquant.scale_rules import two_level_scales
 from fquant.spec import QuantSpec
 from fquant.straight_through import straight_through
 
 __all__ = [
+    "BF16",
+    "Codebook",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E4M3FNUZ",
+    "E5M2",
+    "E5M2FNUZ",
+    "FP16",
+    "FixedWidthHistogramObserver",
+    "FloatFormat",
+    "Format",
+    "Histogram",
+    "HistogramObserver",
     "MaxObserver",
+    "MinMaxObserver",
     "MovingAverageObserver",
+    "NF4",
+    "NonFiniteWarning",
     "Observer",
+    "QPYTORCH_E4M3",
+    "QPYTORCH_E5M2",
+    "QPYTORCH_FP16",
     "QTensor",
     "QuantSpec",
     "Rule",
     "UnusedRuleWarning",
+    "aciq_amax",
+    "aciq_multiplier",
     "assign_specs",
     "calibrate",
     "compute_amax",
@@ -42,17 +101,25 @@ __all__ = [
     "compute_scale_zero_point",
     "dequantize",
     "dequantize_params",
+    "entropy_amax",
     "fake_affine_tensor_quant",
     "fake_quant_params",
     "fake_quantize",
     "fake_tensor_quant",
+    "gaussian_std_from_range",
     "merge_stats",
+    "mse_amax",
     "observed_amax",
+    "octav_amax",
     "param_scales",
+    "percentile_amax",
     "quantize",
     "quantize_params",
+    "round_to_integer",
     "sparse",
     "split_floating",
+    "sqnr_amax",
     "straight_through",
     "tensor_quant",
+    "two_level_scales",
 ]
