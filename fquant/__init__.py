@@ -17,7 +17,12 @@ from fquant.affine import (
     fake_quantize,
     quantize,
 )
-from fquant.amax_quant import fake_affine_tensor_quant, fake_tensor_quant, tensor_quant
+from fquant.amax_quant import (
+    fake_affine_tensor_quant,
+    fake_tensor_quant,
+    scaled_e4m3,
+    tensor_quant,
+)
 from fquant.calibration import calibrate, merge_stats, observed_amax
 from fquant.codebook import NF4, Codebook
 from fquant.formats import (
@@ -35,6 +40,14 @@ from fquant.formats import (
     QPYTORCH_FP16,
     FloatFormat,
     Format,
+)
+from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
+from fquant.learned import (
+    fake_quantize_lsq,
+    fake_quantize_pact,
+    learned_clip,
+    lsq_plus_scale,
+    lsq_scale,
 )
 from fquant.observers import (
     FixedWidthHistogramObserver,
@@ -54,6 +67,7 @@ from fquant.observers import (
     percentile_amax,
     sqnr_amax,
 )
+from fquant.packing import PackedTensor, pack, unpack
 from fquant.params import dequantize_params, fake_quant_params, param_scales, quantize_params
 from fquant.pytree import split_floating
 from fquant.records import QTensor
@@ -85,6 +99,7 @@ __all__ = [
     "NF4",
     "NonFiniteWarning",
     "Observer",
+    "PackedTensor",
     "QPYTORCH_E4M3",
     "QPYTORCH_E5M2",
     "QPYTORCH_FP16",
@@ -105,21 +120,31 @@ __all__ = [
     "fake_affine_tensor_quant",
     "fake_quant_params",
     "fake_quantize",
+    "fake_quantize_both",
+    "fake_quantize_gradient",
+    "fake_quantize_lsq",
+    "fake_quantize_pact",
     "fake_tensor_quant",
     "gaussian_std_from_range",
+    "learned_clip",
+    "lsq_plus_scale",
+    "lsq_scale",
     "merge_stats",
     "mse_amax",
     "observed_amax",
     "octav_amax",
+    "pack",
     "param_scales",
     "percentile_amax",
     "quantize",
     "quantize_params",
     "round_to_integer",
+    "scaled_e4m3",
     "sparse",
     "split_floating",
     "sqnr_amax",
     "straight_through",
     "tensor_quant",
     "two_level_scales",
+    "unpack",
 ]

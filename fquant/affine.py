@@ -26,7 +26,7 @@ from fquant.formats import Format
 from fquant.granularity import groups, spread
 from fquant.records import QTensor, lifts_to_features
 from fquant.rounding import uniform_noise
-from fquant.scale_rules import step_of
+from fquant.scale_rules import SCALE_BITS, step_of
 from fquant.spec import INT8, QuantSpec
 from fquant.straight_through import straight_through
 
@@ -77,7 +77,9 @@ def compute_amax(
 BOUNDS = {"q_max": 0.0, "edge": 0.5, "full": 1.0}
 
 
-def compute_scale(amax: Tensor, spec: Format = INT8, bound: str = "q_max") -> Tensor:
+def compute_scale(
+    amax: Tensor, spec: Format = INT8, bound: str = "q_max", scale_bits: int = SCALE_BITS
+) -> Tensor:
     """Returns the step of a symmetric grid that reaches amax: `amax / q_max`, by `spec.scale_rule`.
 
     amax = 0, and any amax whose step would be denormal, gives scale 1: an all-zero group becomes
@@ -88,6 +90,7 @@ def compute_scale(amax: Tensor, spec: Format = INT8, bound: str = "q_max") -> Te
         spec: the grid.
         bound: what amax maps to on an integer grid: "q_max"; "edge", `q_max + 1/2`, the end of the
             last integer's cell; or "full", `q_max + 1`. The last two clip up to a step.
+        scale_bits: exponent bits of the scale under the power-of-two rules.
 
     Raises:
         TypeError: amax is not a floating-point tensor.
@@ -107,7 +110,8 @@ def compute_scale(amax: Tensor, spec: Format = INT8, bound: str = "q_max") -> Te
             f"of integers, got {bound!r}."
         )
     wide = amax.to(compute_dtype(amax))
-    return _usable(step_of(wide, spec.q_max + BOUNDS[bound], spec.scale_rule), spec.scale_rule)
+    step = step_of(wide, spec.q_max + BOUNDS[bound], spec.scale_rule, scale_bits)
+    return _usable(step, spec.scale_rule)
 
 
 def compute_scale_zero_point(

@@ -35,7 +35,7 @@ def record(cls: type[T]) -> type[T]:
 
     def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
         present = tuple(name for name in leaves if getattr(value, name) is not None)
-        constants = tuple(_to_constant(getattr(value, name)) for name in context)
+        constants = tuple(to_constant(getattr(value, name)) for name in context)
         return [getattr(value, name) for name in present], (present, constants)
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -48,7 +48,7 @@ def record(cls: type[T]) -> type[T]:
         values = dict.fromkeys(leaves)
         values.update(zip(present, children, strict=True))
         for name, constant in zip(context, constants, strict=True):
-            values[name] = _from_constant(constant)
+            values[name] = from_constant(constant)
         return cls(**values)
 
     pytree.register_pytree_node(
@@ -79,14 +79,16 @@ def constant(cls: type[T]) -> type[T]:
     return cls
 
 
-def _to_constant(value: Any) -> Any:
+def to_constant(value: Any) -> Any:
+    """Returns a `constant` as a tuple of its name and its fields, anything else as it is."""
     name = type(value).__name__
     if name not in _CONSTANTS:
         return value
     return (name, *(getattr(value, f.name) for f in dataclasses.fields(value)))
 
 
-def _from_constant(value: Any) -> Any:
+def from_constant(value: Any) -> Any:
+    """Returns what `to_constant` was given."""
     if isinstance(value, tuple) and value and value[0] in _CONSTANTS:
         return _CONSTANTS[value[0]](*value[1:])
     return value

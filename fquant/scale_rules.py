@@ -15,8 +15,8 @@ from fquant.checks import divide
 
 RULES = ("real", "bfloat16", "power_of_two", "power_of_two_floor", "two_level")
 
-# A scale of 8 exponent bits, E8M0, holds 2^-127 to 2^127 and NaN (OCP MX v1.0, section 5.4.1).
-LARGEST_EXPONENT = 127
+# E8M0, a scale of 8 exponent bits, holds 2^-127 to 2^127 and NaN (OCP MX v1.0, section 5.4.1).
+SCALE_BITS = 8
 
 
 def require_scale_rule(owner: str, rule: str) -> None:
@@ -25,11 +25,12 @@ def require_scale_rule(owner: str, rule: str) -> None:
         raise ValueError(f"{owner}: scale_rule must be one of {list(RULES)}, got {rule!r}.")
 
 
-def step_of(amax: Tensor, q_max: float, rule: str) -> Tensor:
+def step_of(amax: Tensor, q_max: float, rule: str, scale_bits: int = SCALE_BITS) -> Tensor:
     """Returns the step for each amax, before zeros and denormals are replaced by 1.
 
     The rules with rounded scales carry no derivative. Under the power-of-two rules, an amax that is
-    not finite gives a NaN step, which makes its whole group NaN (OCP MX).
+    not finite, or beyond what `scale_bits` exponent bits hold, gives a NaN step, which makes its whole
+    group NaN (OCP MX); one below gives the lowest power.
     """
     if rule == "real":
         return divide(amax, q_max)
@@ -39,16 +40,14 @@ def step_of(amax: Tensor, q_max: float, rule: str) -> Tensor:
     if rule == "two_level":
         block_scale, tensor_scale = two_level_scales(amax, q_max)
         return block_scale * tensor_scale
-    highest = exponent_of(torch.full_like(amax, q_max))
-    if rule == "power_of_two_floor":
-        exponent = exponent_of(amax) - highest
-    else:
-        # 2^k q_max >= amax for the smallest such k, which is one of these two.
-        exponent = exponent_of(amax) - highest
+    limit = 2 ** (scale_bits - 1) - 1
+    exponent = exponent_of(amax) - exponent_of(torch.full_like(amax, q_max))
+    if rule == "power_of_two":
+        # 2^k q_max >= amax for the smallest such k, which is this one or the next.
         exponent = exponent + (_power_of_two(exponent, amax.dtype) * q_max < amax).int()
-    step = _power_of_two(exponent, amax.dtype)
+    step = _power_of_two(exponent.clamp(-limit, limit), amax.dtype)
     step = torch.where(amax > 0, step, 0.0)
-    return torch.where(amax.isfinite(), step, torch.nan)
+    return torch.where(amax.isfinite() & (exponent <= limit), step, torch.nan)
 
 
 def two_level_scales(amax: Tensor, q_max: float = 6.0) -> tuple[Tensor, Tensor]:
@@ -85,6 +84,6 @@ def two_level_scales(amax: Tensor, q_max: float = 6.0) -> tuple[Tensor, Tensor]:
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """`2^exponent`, the exponent clamped to what E8M0 holds; 2^-127 is subnormal in float32."""
-    normal = power_of_two(exponent.clamp(1 - LARGEST_EXPONENT, LARGEST_EXPONENT), dtype)
-    return torch.where(exponent <= -LARGEST_EXPONENT, 2.0**-LARGEST_EXPONENT, normal)
+    """`2^exponent` for -127 to 127; 2^-127 is subnormal in float32."""
+    normal = power_of_two(exponent.clamp(-126, 127), dtype)
+    return torch.where(exponent <= -127, 2.0**-127, normal)
