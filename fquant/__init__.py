@@ -17,18 +17,68 @@ from fquant.affine import (
     fake_quantize,
     quantize,
 )
-from fquant.amax_quant import fake_affine_tensor_quant, fake_tensor_quant, tensor_quant
+from fquant.amax_quant import (
+    fake_affine_tensor_quant,
+    fake_tensor_quant,
+    scaled_e4m3,
+    tensor_quant,
+)
 from fquant.calibration import calibrate, merge_stats, observed_amax
+from fquant.codebook import NF4, Codebook
+from fquant.formats import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FP16,
+    QPYTORCH_E4M3,
+    QPYTORCH_E5M2,
+    QPYTORCH_FP16,
+    FloatFormat,
+    Format,
+)
+from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
-from fquant.observers import MaxObserver, MovingAverageObserver, Observer
+from fquant.learned import (
+    fake_quantize_lsq,
+    fake_quantize_pact,
+    learned_clip,
+    lsq_plus_scale,
+    lsq_scale,
+)
+from fquant.observers import (
+    FixedWidthHistogramObserver,
+    Histogram,
+    HistogramObserver,
+    MaxObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    NonFiniteWarning,
+    Observer,
+    aciq_amax,
+    aciq_multiplier,
+    entropy_amax,
+    gaussian_std_from_range,
+    mse_amax,
+    octav_amax,
+    percentile_amax,
+    sqnr_amax,
+)
 from fquant.op_rules import OpRule, Quantizer, skip, w4, w4a8, w8, w8a8
+from fquant.packing import PackedTensor, pack, unpack
 from fquant.params import dequantize_params, fake_quant_params, param_scales, quantize_params
 from fquant.plan import Operand, Plan, Site
 from fquant.planning import make_plan
 from fquant.pytree import split_floating
 from fquant.records import QTensor
+from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
+from fquant.scale_rules import two_level_scales
 from fquant.spec import QuantSpec
 from fquant.straight_through import straight_through
 from fquant.transforms import (
@@ -41,20 +91,44 @@ from fquant.transforms import (
 )
 
 __all__ = [
+    "BF16",
+    "Codebook",
     "DEFAULT_OPS",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E4M3FNUZ",
+    "E5M2",
+    "E5M2FNUZ",
+    "FP16",
+    "FixedWidthHistogramObserver",
+    "FloatFormat",
+    "Format",
+    "Histogram",
+    "HistogramObserver",
     "MaxObserver",
+    "MinMaxObserver",
     "MovingAverageObserver",
+    "NF4",
+    "NonFiniteWarning",
     "Observer",
     "OpRule",
     "Operand",
     "Ops",
+    "PackedTensor",
     "Plan",
+    "QPYTORCH_E4M3",
+    "QPYTORCH_E5M2",
+    "QPYTORCH_FP16",
     "QTensor",
     "QuantSpec",
     "Quantizer",
     "Rule",
     "Site",
     "UnusedRuleWarning",
+    "aciq_amax",
+    "aciq_multiplier",
     "assign_specs",
     "calibrate",
     "calibrate_model",
@@ -63,30 +137,48 @@ __all__ = [
     "compute_scale_zero_point",
     "dequantize",
     "dequantize_params",
+    "entropy_amax",
     "fake_affine_tensor_quant",
     "fake_quant",
     "fake_quant_params",
     "fake_quantize",
+    "fake_quantize_both",
+    "fake_quantize_gradient",
+    "fake_quantize_lsq",
+    "fake_quantize_pact",
     "fake_tensor_quant",
     "finalize",
+    "gaussian_std_from_range",
     "init_stats",
+    "learned_clip",
+    "lsq_plus_scale",
+    "lsq_scale",
     "make_plan",
     "merge_stats",
+    "mse_amax",
     "observe",
     "observed_amax",
+    "octav_amax",
+    "pack",
     "param_scales",
+    "percentile_amax",
     "quantizable",
     "quantize",
     "quantize_params",
     "register_op",
     "replace_forward",
+    "round_to_integer",
+    "scaled_e4m3",
     "site",
     "skip",
     "sparse",
     "split_floating",
     "split_qstate",
+    "sqnr_amax",
     "straight_through",
     "tensor_quant",
+    "two_level_scales",
+    "unpack",
     "w4",
     "w4a8",
     "w8",

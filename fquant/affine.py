@@ -2,6 +2,9 @@
 
     q = saturate(round_half_even(x / scale) + zero_point),     x ~= (q - zero_point) * scale
 
+The grid may be any `Format`: integers (`QuantSpec`), floating point (`FloatFormat`), a list of values
+(`Codebook`); one with codes has `x ~= decode(q) * scale`.
+
 `scale` is the step. Everything above tensor level uses these functions; `fquant.amax_quant` has
 the amax forms. The two differ by one step on rare values next to a tie, because one divides by
 `amax / q_max` where the other multiplies by `q_max / amax`.
@@ -19,61 +22,80 @@ from fquant.checks import (
     require_floating,
     values_readable,
 )
+from fquant.formats import Format
+from fquant.granularity import groups, spread
 from fquant.records import QTensor, lifts_to_features
-from fquant.spec import QuantSpec
+from fquant.rounding import uniform_noise
+from fquant.scale_rules import SCALE_BITS, step_of
+from fquant.spec import INT8, QuantSpec
 from fquant.straight_through import straight_through
 
-INT8 = QuantSpec()
 
-
-def compute_amax(x: Tensor, axis: int | Sequence[int] | None = None) -> Tensor:
+def compute_amax(
+    x: Tensor,
+    axis: int | Sequence[int] | None = None,
+    block: int | Sequence[int] | None = None,
+) -> Tensor:
     """Returns the largest absolute value of x, per group; no gradient flows through it.
 
     Args:
         x: any shape; an empty group has amax 0; NaN gives NaN.
         axis: the axis or axes that are KEPT (`torch.amax(dim=)` names those removed); None for one
             value per tensor.
+        block: how many neighbours along a kept axis share a value, one number or one per kept
+            axis; None for 1. `axis=(0, 1), block=(1, 32)`: groups of 32 along axis 1.
 
     Returns:
         amax in units of x: 0-d for `axis=None`, otherwise of x's rank with size 1 where reduced, so
-        that it broadcasts against x.
+        that it broadcasts against x (blocks: see `fquant.granularity`).
 
     Raises:
         TypeError: x is not a floating-point tensor.
-        ValueError: an axis is out of range or named twice.
+        ValueError: an axis is out of range or named twice; a block does not divide its axis.
 
     Example:
         >>> compute_amax(torch.tensor([[1.0, -3.0], [0.5, 2.0]]), axis=0)
         tensor([[3.],
                 [2.]])
+        >>> compute_amax(torch.tensor([1.0, -3.0, 0.5, 2.0]), axis=0, block=2)
+        tensor([3., 2.])
     """
     require_floating("compute_amax", "x", x)
     magnitude = x.detach().abs()
     if axis is None:
+        if block is not None:
+            raise ValueError(f"compute_amax: block must be None without an axis, got {block}.")
         return magnitude.amax() if x.numel() > 0 else x.new_zeros(())
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    kept = {a % x.ndim for a in axes if -x.ndim <= a < x.ndim}
-    if len(kept) != len(axes):
-        raise ValueError(
-            f"compute_amax: axis must name different axes of a tensor of {x.ndim} axes, got {axis}."
-        )
-    reduced = [a for a in range(x.ndim) if a not in kept]
-    if not reduced:
-        return magnitude
+    parts = groups("compute_amax", magnitude, axis, block)
     if x.numel() == 0:
-        return x.new_zeros([x.shape[a] if a in kept else 1 for a in range(x.ndim)])
-    return magnitude.amax(dim=reduced, keepdim=True)
+        return x.new_zeros(parts.shape)
+    if not parts.reduced:
+        return magnitude
+    return parts.x.amax(dim=parts.reduced).reshape(parts.shape)
 
 
-def compute_scale(amax: Tensor, spec: QuantSpec = INT8) -> Tensor:
-    """Returns the step of a symmetric grid that reaches amax: `amax / q_max`.
+BOUNDS = {"q_max": 0.0, "edge": 0.5, "full": 1.0}
+
+
+def compute_scale(
+    amax: Tensor, spec: Format = INT8, bound: str = "q_max", scale_bits: int = SCALE_BITS
+) -> Tensor:
+    """Returns the step of a symmetric grid that reaches amax: `amax / q_max`, by `spec.scale_rule`.
 
     amax = 0, and any amax whose step would be denormal, gives scale 1: an all-zero group becomes
     exact zeros. float32, or float64 for a float64 amax; the shape of amax.
 
+    Args:
+        amax: largest magnitude per group, not negative.
+        spec: the grid.
+        bound: what amax maps to on an integer grid: "q_max"; "edge", `q_max + 1/2`, the end of the
+            last integer's cell; or "full", `q_max + 1`. The last two clip up to a step.
+        scale_bits: exponent bits of the scale under the power-of-two rules.
+
     Raises:
         TypeError: amax is not a floating-point tensor.
-        ValueError: amax is negative (checked in eager code).
+        ValueError: amax is negative (checked in eager code); an unknown bound, or one other than
+            "q_max" for a grid that is not of integers.
 
     Example:
         >>> compute_scale(torch.tensor([127.0, 0.0]))
@@ -82,7 +104,14 @@ def compute_scale(amax: Tensor, spec: QuantSpec = INT8) -> Tensor:
     require_floating("compute_scale", "amax", amax)
     if values_readable(amax) and bool((amax < 0).any()):
         raise ValueError(f"compute_scale: amax must not be negative, got {amax.min().item()}.")
-    return _usable(divide(amax.to(compute_dtype(amax)), spec.q_max))
+    if bound not in BOUNDS or (bound != "q_max" and not isinstance(spec, QuantSpec)):
+        raise ValueError(
+            f"compute_scale: bound must be one of {list(BOUNDS)}, and 'q_max' for a grid that is not "
+            f"of integers, got {bound!r}."
+        )
+    wide = amax.to(compute_dtype(amax))
+    step = step_of(wide, spec.q_max + BOUNDS[bound], spec.scale_rule, scale_bits)
+    return _usable(step, spec.scale_rule)
 
 
 def compute_scale_zero_point(
@@ -128,8 +157,10 @@ def compute_scale_zero_point(
     return scale, zero_point.to(torch.int32)
 
 
-def _usable(scale: Tensor) -> Tensor:
-    return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
+def _usable(scale: Tensor, rule: str = "real") -> Tensor:
+    # Powers of two stay exact down to 2^-127, the lowest that E8M0 holds.
+    tiny = 2.0**-127 if rule.startswith("power_of_two") else torch.finfo(scale.dtype).tiny
+    return torch.where(scale < tiny, 1.0, scale)
 
 
 @lifts_to_features
@@ -137,26 +168,36 @@ def quantize(
     x: Tensor,
     scale: Tensor | float,
     zero_point: Tensor | int | None = None,
-    spec: QuantSpec = INT8,
+    spec: Format = INT8,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> QTensor:
-    """Returns x on the integer grid: `q = saturate(round_half_even(x / scale) + zero_point)`.
+    """Returns x on the grid: `q = saturate(round_half_even(x / scale) + zero_point)`.
 
-    Infinities saturate; NaN becomes the zero point. Values in half types are divided in float32.
+    Infinities saturate; NaN becomes the zero point, or the format's NaN. Values in half types are
+    divided in float32. The rounding is `spec.rounding`.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape; or a record with `features`, which
             comes back with its features quantized.
-        scale: the step, positive; a number or a tensor that broadcasts to x.
-        zero_point: the integer that stands for 0.0, on the grid; broadcasts to x. None means 0.
+        scale: the step, positive; a number or a tensor that meets x (`fquant.granularity`: each axis
+            of size 1, n, or a divisor of n for blocks).
+        zero_point: the integer that stands for 0.0, on the grid; likewise. None means 0, and is the
+            only choice for a grid that is not of integers.
         spec: the grid.
+        noise: for stochastic rounding: uniform on [0, 1), of x's shape or one that broadcasts to it.
+        generator: for stochastic rounding, in place of noise; eager code only.
 
     Returns:
         QTensor with `q` of dtype `spec.dtype` and x's shape.
 
     Raises:
         TypeError: x is not a floating-point tensor, scale or zero_point not a number or tensor.
-        ValueError: scale or zero_point does not broadcast to x, or is on another device; scale is
-            not positive, or zero_point not on the grid (checked in eager code).
+        ValueError: scale or zero_point does not meet x, or is on another device; a zero_point for a
+            grid that is not of integers; noise or a generator without stochastic rounding, or that
+            without them; scale is not positive, or zero_point not on the grid (checked in eager
+            code).
 
     Example:
         >>> quantize(torch.tensor([0.5, 1.5, 2.5, 300.0]), scale=1.0).q      # ties to even
@@ -166,11 +207,16 @@ def quantize(
         ONNX operator QuantizeLinear, opset 21.
     """
     step, offset = _scale_and_zero_point("quantize", x, scale, zero_point, spec)
-    levels = _levels(x.to(step.dtype), step, offset, spec)
-    empty = 0.0 if offset is None else offset
-    q = torch.where(levels.isnan(), empty, levels).to(spec.dtype)
+    wide = x.to(step.dtype)
+    noise = uniform_noise("quantize", wide, spec.rounding, noise, generator)
+    levels = _levels(wide, step, offset, spec, noise)
+    empty = None if offset is None else spread(offset, x.shape)
     return QTensor(
-        q, step, None if offset is None else offset.to(torch.int32), spec=spec, dtype=x.dtype
+        spec.encode(levels, empty),
+        step,
+        None if offset is None else offset.to(torch.int32),
+        spec=spec,
+        dtype=x.dtype,
     )
 
 
@@ -178,13 +224,15 @@ def quantize(
 def dequantize(x: QTensor) -> Tensor:
     """Returns the real values of a QTensor, `(q - zero_point) * scale`, in its dtype.
 
+    `decode(q) * scale` for a grid with codes.
+
     Example:
         >>> dequantize(quantize(torch.tensor([0.3, -0.2]), scale=0.125))
         tensor([ 0.2500, -0.2500])
     """
     if not isinstance(x, QTensor):
         raise TypeError(f"dequantize: x must be a QTensor, got {type(x).__name__}.")
-    levels = x.q.to(x.scale.dtype)
+    levels = x.spec.decode(x.q, x.scale.dtype)
     return _values(levels, x.scale, x.zero_point).to(x.dtype)
 
 
@@ -193,7 +241,10 @@ def fake_quantize(
     x: Tensor,
     scale: Tensor | float,
     zero_point: Tensor | int | None = None,
-    spec: QuantSpec = INT8,
+    spec: Format = INT8,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Returns `dequantize(quantize(x, ...))` bit for bit, with a straight-through derivative.
 
@@ -212,22 +263,31 @@ def fake_quantize(
     """
     step, offset = _scale_and_zero_point("fake_quantize", x, scale, zero_point, spec)
     wide = x.to(step.dtype)
-    grid = _values(_levels(wide.detach(), step.detach(), offset, spec), step.detach(), offset)
+    noise = uniform_noise("fake_quantize", wide, spec.rounding, noise, generator)
+    fixed = step.detach()
+    grid = _values(_levels(wide.detach(), fixed, offset, spec, noise), fixed, offset)
     shift = 0.0 if offset is None else offset
-    clipped = wide.clamp((spec.q_min - shift) * step, (spec.q_max - shift) * step)
+    low, high = (spec.q_min - shift) * step, (spec.q_max - shift) * step
+    clipped = wide.clamp(spread(low, x.shape), spread(high, x.shape))
     return straight_through(grid, clipped).to(x.dtype)
 
 
-def _levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The integers, in x's float dtype; this rounding is the definition that all forms share."""
-    levels = (x / scale).round()
-    if zero_point is not None:
-        levels = levels + zero_point
-    return levels.clamp(spec.q_min, spec.q_max)
+def _levels(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: Format,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The grid values in units of the step; this rounding is the definition that all forms share."""
+    offset = None if zero_point is None else spread(zero_point, x.shape)
+    return spec.snap(x / spread(scale, x.shape), noise, offset)
 
 
 def _values(levels: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    return (levels if zero_point is None else levels - zero_point) * scale
+    if zero_point is not None:
+        levels = levels - spread(zero_point, levels.shape)
+    return levels * spread(scale, levels.shape)
 
 
 def _scale_and_zero_point(
@@ -235,7 +295,7 @@ def _scale_and_zero_point(
     x: Tensor,
     scale: Tensor | float,
     zero_point: Tensor | int | None,
-    spec: QuantSpec,
+    spec: Format,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns scale and zero point as floats of the dtype the arithmetic is done in."""
     require_floating(function, "x", x)
@@ -244,6 +304,11 @@ def _scale_and_zero_point(
         raise ValueError(f"{function}: scale must be positive, got {step.min().item()}.")
     if zero_point is None:
         return step, None
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(
+            f"{function}: zero_point must be None for a grid that is not of integers, "
+            f"got {zero_point}."
+        )
     offset = as_broadcastable(function, "zero_point", zero_point, x, compute_dtype(x))
     off_grid = (offset < spec.q_min) | (offset > spec.q_max) | (offset != offset.round())
     if values_readable(offset) and bool(off_grid.any()):

@@ -16,6 +16,7 @@ from fquant.checks import (
     require_floating,
     values_readable,
 )
+from fquant.formats import E4M3
 from fquant.records import lifts_to_features
 from fquant.straight_through import straight_through
 
@@ -162,6 +163,39 @@ def fake_affine_tensor_quant(
     zero = (low.detach() / step).round() - q_min
     levels = ((wide.detach() / step).round() - zero).clamp(q_min, -q_min - 1)
     return straight_through((levels + zero) * step, wide.clamp(low, high)).to(inputs.dtype)
+
+
+@lifts_to_features
+def scaled_e4m3(inputs: Tensor, amax: Tensor | float | None = None) -> Tensor:
+    """Returns inputs rounded to E4M3, scaled so that amax becomes 448.
+
+        result = e4m3(inputs * (448 / amax)) / (448 / amax),   0 where |inputs| < 2^-24
+
+    The derivative with respect to inputs is 1 where `|inputs| <= amax` (edges included), else 0; with
+    respect to amax, the sign of the inputs that are clipped. An amax of 0 gives zeros.
+
+    Args:
+        inputs: floating point, any shape.
+        amax: a number or a tensor that broadcasts to inputs; None for 448, a plain cast.
+
+    Raises:
+        TypeError: inputs is not a floating-point tensor, amax not a number or tensor.
+        ValueError: amax does not broadcast or is on another device; negative (checked in eager code).
+
+    Example:
+        >>> scaled_e4m3(torch.tensor([1.8, -1.4]), 2.0)
+        tensor([ 1.8571, -1.4286])
+
+    References:
+        pytorch-quantization, `tensor_quant.py`, class ScaledE4M3Function.
+    """
+    wide, limit = _checked("scaled_e4m3", inputs, E4M3.q_max if amax is None else amax, 8, False)
+    fixed = limit.detach()
+    vanishes = fixed <= SMALLEST_AMAX
+    scale = divide(E4M3.q_max, torch.where(vanishes, 1.0, fixed))
+    grid = E4M3.snap(wide.detach() * scale) / scale
+    grid = torch.where((wide.abs() < SMALLEST_AMAX) | vanishes, 0.0, grid)
+    return straight_through(grid, wide.clamp(-limit, limit)).to(inputs.dtype)
 
 
 def _levels(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fquant.granularity import meets
+
 
 def values_readable(*tensors: Tensor) -> bool:
     """Whether the numbers in these tensors can be looked at here and now.
@@ -34,7 +36,7 @@ def require_floating(function: str, argument: str, value: object) -> None:
 def as_broadcastable(
     function: str, argument: str, value: Tensor | float, inputs: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Returns `value` as a tensor of `dtype` that broadcasts against `inputs`.
+    """Returns `value` as a tensor of `dtype` that meets `inputs` by the rule of `granularity`.
 
     Raises:
         TypeError: it is not a number or a real tensor.
@@ -51,11 +53,7 @@ def as_broadcastable(
             f"{function}: {argument} must be on {inputs.device} like the inputs, "
             f"got a tensor on {value.device}."
         )
-    leading = inputs.ndim - value.ndim
-    if leading < 0 or any(
-        have != 1 and have != want
-        for have, want in zip(value.shape, inputs.shape[leading:], strict=True)
-    ):
+    if not meets(value.shape, inputs.shape):
         raise ValueError(
             f"{function}: {argument} must have a shape that broadcasts to the inputs' "
             f"{tuple(inputs.shape)}, got {tuple(value.shape)}."

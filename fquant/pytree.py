@@ -6,7 +6,6 @@ because `vmap` refuses None leaves.
 """
 
 import dataclasses
-import typing
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -33,15 +32,10 @@ def record(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # T is a dataclass by now
     leaves = tuple(f.name for f in fields if "static" not in f.metadata)
     context = tuple(f.name for f in fields if "static" in f.metadata)
-    hints = typing.get_type_hints(cls)
-    nested = {name: hints[name] for name in context if dataclasses.is_dataclass(hints[name])}
 
     def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
         present = tuple(name for name in leaves if getattr(value, name) is not None)
-        constants = tuple(
-            _fields_of(getattr(value, name)) if name in nested else getattr(value, name)
-            for name in context
-        )
+        constants = tuple(to_constant(getattr(value, name)) for name in context)
         return [getattr(value, name) for name in present], (present, constants)
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -54,7 +48,7 @@ def record(cls: type[T]) -> type[T]:
         values = dict.fromkeys(leaves)
         values.update(zip(present, children, strict=True))
         for name, constant in zip(context, constants, strict=True):
-            values[name] = nested[name](*constant) if name in nested else constant
+            values[name] = from_constant(constant)
         return cls(**values)
 
     pytree.register_pytree_node(
@@ -67,12 +61,37 @@ def record(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=flatten_with_keys,
     )
     # torch.load and torch.export.load rebuild only classes named safe, others by pickle at large.
-    torch.serialization.add_safe_globals([cls, *nested.values()])
+    torch.serialization.add_safe_globals([cls])
     return cls
 
 
-def _fields_of(value: Any) -> tuple[Any, ...]:
-    return tuple(getattr(value, f.name) for f in dataclasses.fields(value))
+_CONSTANTS: dict[str, type] = {}
+
+
+def constant(cls: type[T]) -> type[T]:
+    """Lets a frozen dataclass of primitives be a static field of a record.
+
+    In a context it is a tuple of its name and its fields, which is what torch 2.11's Dynamo can guard
+    on and what JSON can hold.
+    """
+    _CONSTANTS[cls.__name__] = cls
+    torch.serialization.add_safe_globals([cls])
+    return cls
+
+
+def to_constant(value: Any) -> Any:
+    """Returns a `constant` as a tuple of its name and its fields, anything else as it is."""
+    name = type(value).__name__
+    if name not in _CONSTANTS:
+        return value
+    return (name, *(getattr(value, f.name) for f in dataclasses.fields(value)))
+
+
+def from_constant(value: Any) -> Any:
+    """Returns what `to_constant` was given."""
+    if isinstance(value, tuple) and value and value[0] in _CONSTANTS:
+        return _CONSTANTS[value[0]](*value[1:])
+    return value
 
 
 def _to_json(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fquant.formats import Format
 from fquant.pytree import record, static
 from fquant.spec import QuantSpec
 
@@ -17,7 +18,7 @@ class QTensor:
     """Integers with the scale that gives them meaning: `x ~= (q - zero_point) * scale`.
 
     Attributes:
-        q: integers on the grid of `spec`, of dtype `spec.dtype`.
+        q: integers on the grid of `spec`, or codes of a floating-point grid; of dtype `spec.dtype`.
         scale: the step, in units of x; broadcasts against `q`.
         zero_point: the integer that stands for 0.0, of a shape like scale's; None means 0.
         spec: the grid.
@@ -27,7 +28,7 @@ class QTensor:
     q: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
-    spec: QuantSpec = static(default=QuantSpec())  # QuantSpec is immutable
+    spec: Format = static(default=QuantSpec())  # QuantSpec is immutable
     dtype: torch.dtype = static(default=torch.float32)
 
     @property

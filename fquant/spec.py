@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from fquant.pytree import constant
+from fquant.rounding import require_rounding, round_to_integer
+from fquant.scale_rules import require_scale_rule
 
 
+@constant
 @dataclass(frozen=True)
 class QuantSpec:
     """How a tensor is put on an integer grid.
@@ -15,6 +21,10 @@ class QuantSpec:
         narrow_range: signed only: `[-(2^(b-1) - 1), 2^(b-1) - 1]`, so that the grid is odd-symmetric;
             otherwise the lowest code `-2^(b-1)` is used as well, as ONNX and TensorRT do.
         axis: the axis or axes that keep a scale of their own; None for one scale per tensor.
+        block: how many neighbours along a kept axis share a scale, one number or one per kept axis;
+            None for 1.
+        rounding: one of `fquant.rounding.ROUNDINGS`.
+        scale_rule: how `compute_scale` turns amax into the step (`fquant.scale_rules`).
 
     Example:
         >>> QuantSpec(num_bits=4).q_min, QuantSpec(num_bits=4).q_max
@@ -27,6 +37,9 @@ class QuantSpec:
     unsigned: bool = False
     narrow_range: bool = False
     axis: int | tuple[int, ...] | None = None
+    block: int | tuple[int, ...] | None = None
+    rounding: str = "half_even"
+    scale_rule: str = "real"
 
     def __post_init__(self) -> None:
         integer = isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool)
@@ -41,6 +54,8 @@ class QuantSpec:
             )
         if isinstance(self.axis, list):
             raise TypeError(f"QuantSpec: axis must be an int, a tuple or None, got {self.axis!r}.")
+        require_rounding("QuantSpec", self.rounding)
+        require_scale_rule("QuantSpec", self.scale_rule)
 
     @property
     def q_max(self) -> int:
@@ -62,3 +77,28 @@ class QuantSpec:
             if info.min <= self.q_min and self.q_max <= info.max:
                 return dtype
         return torch.int32
+
+    def snap(
+        self, x: Tensor, noise: Tensor | None = None, zero_point: Tensor | None = None
+    ) -> Tensor:
+        """Returns the integers for x, in units of the step, as floats; NaN stays NaN."""
+        levels = round_to_integer(x, self.rounding, noise)
+        if zero_point is not None:
+            levels = levels + zero_point
+        return levels.clamp(self.q_min, self.q_max)
+
+    def encode(self, values: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Returns the integers in `dtype`; NaN becomes the zero point."""
+        empty = 0.0 if zero_point is None else zero_point
+        return torch.where(values.isnan(), empty, values).to(self.dtype)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the integers as floats."""
+        return codes.to(dtype)
+
+    def levels(self) -> Tensor:
+        """Returns the integers that are not negative, ascending, float64."""
+        return torch.arange(self.q_max + 1, dtype=torch.float64)
+
+
+INT8 = QuantSpec()

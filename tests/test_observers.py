@@ -15,11 +15,15 @@ from fquant.testing import strategies
 batches = st.lists(
     strategies.float_tensors(st.tuples(st.integers(0, 4), st.just(3)), (torch.float32,)), max_size=6
 )
-any_observer = st.builds(fq.MaxObserver, axis=st.sampled_from([None, 1])) | st.builds(
-    fq.MovingAverageObserver,
-    momentum=st.sampled_from([0.0, 0.5, 0.99]),
-    axis=st.sampled_from([None, 1]),
+axes = st.sampled_from([None, 1])
+any_observer = (
+    st.builds(fq.MaxObserver, axis=axes)
+    | st.builds(fq.MinMaxObserver, axis=axes)
+    | st.builds(fq.MovingAverageObserver, momentum=st.sampled_from([0.0, 0.5, 0.99]), axis=axes)
+    | st.builds(fq.HistogramObserver, axis=axes, num_bins=st.just(64), skip_zeros=st.booleans())
+    | st.builds(fq.FixedWidthHistogramObserver, width=st.just(50.0), skip_zeros=st.booleans())
 )
+order_free_observer = any_observer.filter(lambda o: not isinstance(o, fq.MovingAverageObserver))
 
 
 def after(observer, tensors, state=None):
@@ -38,7 +42,7 @@ def assert_states(actual, expected, exact):
 @given(any_observer, batches, batches)
 def test_merge_is_update_over_both(observer, first, second):
     merged = observer.merge(after(observer, first), after(observer, second))
-    exact = isinstance(observer, fq.MaxObserver)
+    exact = not isinstance(observer, fq.MovingAverageObserver)
     assert_states(merged, after(observer, first + second), exact)
 
 
@@ -54,14 +58,19 @@ def test_merge_is_associative(observer, first, second, third):
     a, b, c = (after(observer, tensors) for tensors in (first, second, third))
     left = observer.merge(observer.merge(a, b), c)
     right = observer.merge(a, observer.merge(b, c))
-    assert_states(left, right, isinstance(observer, fq.MaxObserver))
+    assert_states(left, right, not isinstance(observer, fq.MovingAverageObserver))
 
 
-@given(st.sampled_from([None, 1]), batches, batches)
-def test_max_merge_is_commutative(axis, first, second):
-    observer = fq.MaxObserver(axis)
+@given(order_free_observer, batches, batches)
+def test_merge_is_commutative(observer, first, second):
     a, b = after(observer, first), after(observer, second)
     assert_states(observer.merge(a, b), observer.merge(b, a), exact=True)
+
+
+@given(order_free_observer, batches)
+def test_batches_are_one_tensor(observer, tensors):
+    together = torch.cat([*tensors, torch.zeros(0, 3)])
+    assert_states(after(observer, tensors), after(observer, [together]), exact=True)
 
 
 @given(batches)
@@ -76,7 +85,7 @@ def test_max_is_the_amax_of_everything(tensors):
 
 @given(any_observer, batches)
 def test_asking_and_updating_change_nothing(observer, tensors):
-    tensors = [torch.ones(1, 3), *tensors]
+    tensors = [torch.full((1, 3), 60.0), *tensors]
     state = after(observer, tensors)
     before = copy.deepcopy(state)
     first = observer.amax(state)
@@ -101,9 +110,22 @@ def test_moving_average_against_torch_ao():
     assert ours.amax(state).item() == pytest.approx(theirs.max_val.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("observer", [fq.MaxObserver(1), fq.MovingAverageObserver(axis=1)])
+@pytest.mark.parametrize(
+    "observer",
+    [
+        fq.MaxObserver(1),
+        fq.MinMaxObserver(1),
+        fq.MovingAverageObserver(axis=1),
+        fq.HistogramObserver(num_bins=64),
+        fq.HistogramObserver(1, num_bins=64, skip_zeros=True),
+    ],
+)
 def test_compiles_and_vmaps(observer):
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    x[1] *= 9.0
+    x[0, 0, 2] = 0.0
+    if isinstance(observer, fq.HistogramObserver):
+        x[1, 2, 1] = torch.nan
     state = observer.update(observer.init(), x[0])
     torch._dynamo.reset()
     compiled = torch.compile(observer.update, fullgraph=True, backend="aot_eager")(state, x[1])
@@ -163,6 +185,7 @@ def _observe(observers, *xs):
         ),
         (lambda: fq.observed_amax({"s": None}, {}), r"lacks \['s'\]"),
         (lambda: fq.merge_stats({"s": None}, {}, {}), r"lacks \['s'\]"),
+        (lambda: fq.MinMaxObserver().range(fq.MinMaxObserver().init()), "at least one value"),
         (lambda: fq.MovingAverageObserver(1.0), r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -12,14 +12,43 @@ States are NamedTuples of tensors. `init()` is the identity of `merge`, and
 split over processes.
 """
 
+from fquant.observers.analytic import aciq_multiplier, gaussian_std_from_range
 from fquant.observers.base import Observer
+from fquant.observers.fixed_width import FixedWidthHistogramObserver, FixedWidthState
+from fquant.observers.histogram import HistogramObserver, HistogramState, NonFiniteWarning
 from fquant.observers.maximum import MaxObserver, MaxState
+from fquant.observers.min_max import MinMaxObserver, MinMaxState
 from fquant.observers.moving_average import MovingAverageObserver, MovingAverageState
+from fquant.observers.readout import (
+    Histogram,
+    aciq_amax,
+    entropy_amax,
+    mse_amax,
+    octav_amax,
+    percentile_amax,
+    sqnr_amax,
+)
 
 __all__ = [
+    "FixedWidthHistogramObserver",
+    "FixedWidthState",
+    "Histogram",
+    "HistogramObserver",
+    "HistogramState",
     "MaxObserver",
     "MaxState",
+    "MinMaxObserver",
+    "MinMaxState",
     "MovingAverageObserver",
     "MovingAverageState",
+    "NonFiniteWarning",
     "Observer",
+    "aciq_amax",
+    "aciq_multiplier",
+    "entropy_amax",
+    "gaussian_std_from_range",
+    "mse_amax",
+    "octav_amax",
+    "percentile_amax",
+    "sqnr_amax",
 ]
