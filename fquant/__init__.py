@@ -27,6 +27,14 @@ from fquant.params import dequantize_params, fake_quant_params, param_scales, qu
 from fquant.plan import Operand, Plan, Site
 from fquant.planning import make_plan
 from fquant.pytree import split_floating
+from fquant.qat import (
+    FineTuning,
+    fine_tuning,
+    fine_tuning_with_divisors,
+    fold_batch_norm,
+    refreshed,
+)
+from fquant.recipes import plan_from_dict, plan_to_dict, rules_from_dicts, rules_to_dicts
 from fquant.records import QTensor
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
 from fquant.spec import QuantSpec
@@ -42,6 +50,7 @@ from fquant.transforms import (
 
 __all__ = [
     "DEFAULT_OPS",
+    "FineTuning",
     "MaxObserver",
     "MovingAverageObserver",
     "Observer",
@@ -69,17 +78,25 @@ __all__ = [
     "fake_quantize",
     "fake_tensor_quant",
     "finalize",
+    "fine_tuning",
+    "fine_tuning_with_divisors",
+    "fold_batch_norm",
     "init_stats",
     "make_plan",
     "merge_stats",
     "observe",
     "observed_amax",
     "param_scales",
+    "plan_from_dict",
+    "plan_to_dict",
     "quantizable",
     "quantize",
     "quantize_params",
+    "refreshed",
     "register_op",
     "replace_forward",
+    "rules_from_dicts",
+    "rules_to_dicts",
     "site",
     "skip",
     "sparse",
