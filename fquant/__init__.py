@@ -75,6 +75,14 @@ from fquant.params import dequantize_params, fake_quant_params, param_scales, qu
 from fquant.plan import Operand, Plan, Site
 from fquant.planning import make_plan
 from fquant.pytree import split_floating
+from fquant.qat import (
+    FineTuning,
+    fine_tuning,
+    fine_tuning_with_divisors,
+    fold_batch_norm,
+    refreshed,
+)
+from fquant.recipes import plan_from_dict, plan_to_dict, rules_from_dicts, rules_to_dicts
 from fquant.records import QTensor
 from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
@@ -102,6 +110,7 @@ __all__ = [
     "E5M2",
     "E5M2FNUZ",
     "FP16",
+    "FineTuning",
     "FixedWidthHistogramObserver",
     "FloatFormat",
     "Format",
@@ -148,6 +157,9 @@ __all__ = [
     "fake_quantize_pact",
     "fake_tensor_quant",
     "finalize",
+    "fine_tuning",
+    "fine_tuning_with_divisors",
+    "fold_batch_norm",
     "gaussian_std_from_range",
     "init_stats",
     "learned_clip",
@@ -162,12 +174,17 @@ __all__ = [
     "pack",
     "param_scales",
     "percentile_amax",
+    "plan_from_dict",
+    "plan_to_dict",
     "quantizable",
     "quantize",
     "quantize_params",
+    "refreshed",
     "register_op",
     "replace_forward",
     "round_to_integer",
+    "rules_from_dicts",
+    "rules_to_dicts",
     "scaled_e4m3",
     "site",
     "skip",

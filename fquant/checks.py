@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fquant.granularity import meets
 
+_FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
+
 
 def values_readable(*tensors: Tensor) -> bool:
     """Whether the numbers in these tensors can be looked at here and now.
@@ -16,7 +18,7 @@ def values_readable(*tensors: Tensor) -> bool:
     False under `torch.compile` and `torch.export`, inside `torch.func` transforms, and for tensors
     without data (meta, fake): there, checks of values are left out and the formulas stand alone.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE_MODE) is not None:
         return False
     return not any(
         torch._C._functorch.is_functorch_wrapped_tensor(t) or t.is_meta or isinstance(t, FakeTensor)

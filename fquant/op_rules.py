@@ -36,7 +36,7 @@ class Quantizer:
     spec: QuantSpec = QuantSpec()  # noqa: RUF009  # immutable
     per: str = "tensor"
     dynamic: bool = False
-    observer: Observer = MaxObserver()
+    observer: Observer = MaxObserver()  # noqa: RUF009  # immutable
     learn: bool = False
     groups: int = 1
 

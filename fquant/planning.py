@@ -49,7 +49,7 @@ def make_plan(
         ops: which functions are operations (`register_op`, `replace_forward`).
         method: the method to follow, and to run in the transforms.
         fake: run on tensors without data; False computes for real, for models whose control flow
-            looks at values. Then only the branches that the example takes are in the plan (`Plan.merge`).
+            looks at values; the plan then has the branches that it takes (see `Plan.merge`).
 
     Raises:
         ValueError: a rule names an operation that the table does not have; the model reads values of
@@ -167,8 +167,9 @@ class _Planner(Interpreter):
         known = self.sites.get(site.name, site)
         if quantizers_of(known) != quantizers_of(site):
             raise ValueError(
-                f"site {site.name!r}: calls of one module must not differ in what is quantized, got "
-                f"{quantizers_of(known)} and {quantizers_of(site)}; OpRule(share=False) tells them apart."
+                f"site {site.name!r}: calls of one module must not differ in what is quantized, "
+                f"got {quantizers_of(known)} and {quantizers_of(site)}. "
+                "OpRule(share=False) tells them apart."
             )
         self.sites.setdefault(site.name, site)
 

@@ -61,8 +61,10 @@ class Interpreter(TorchFunctionMode):
         self.frames.pop()
 
     def next_name(self, op: str) -> str:
-        """The name of this call: counted within one call of the module, so that it is the same in the
-        next call, and a module called twice keeps one quantizer; unless a rule tells them apart.
+        """Returns the name of this call.
+
+        It counts within one call of the module, so that a module called twice keeps one quantizer,
+        unless a rule tells the calls apart.
         """
         frame = self.frames[-1]
         count = frame.counts.get(op, 0)
@@ -153,8 +155,9 @@ def _is_site(op: Op, args: Any, kwargs: Any) -> bool:
 
 
 def _skip_frame() -> None:
-    """Where a graph breaks inside a model, Dynamo must not compile the mode's own frames by themselves:
-    it then fails on `float(tensor)`. Inlining into a full graph is not affected.
+    """Keeps Dynamo from compiling the mode's frames by themselves, where a graph breaks in a model.
+
+    It fails then on `float(tensor)`. Inlining into a full graph is not affected.
     """
     try:
         from torch._dynamo.eval_frame import skip_code

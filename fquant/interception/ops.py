@@ -1,4 +1,4 @@
-"""The table of operations: torch's, in every spelling in which eager, Dynamo and export hand them over."""
+"""The table of operations: torch's, in every spelling that eager, Dynamo or export hands over."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
