@@ -1,0 +1,328 @@
+// Kernel maps without sorting: a bitmap of the voxels says which reads find one, its ranks say where.
+//
+// A voxel's place in the bitmap is linear in its coordinates, modulo the size of the bitmap, and
+// 1 along the last axis. So an offset adds a constant to the place, and the offsets of a line (those
+// that differ on the last axis only) are one window of bits. The bitmap has 32 to 64 bits per voxel
+// however large the grid is; where the grid is larger, cells share a place, 2 to 3 % of the absent
+// reads look present, and the line kept beside each voxel tells. Most reads are absent and cost a
+// few instructions on bits that stay in cache.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "bits.h"
+#include "kernel_map.h"
+#include "parallel.h"
+
+namespace fquant {
+namespace {
+
+constexpr int kAxes = kMaxDims + 1;  // the batch is the first axis
+constexpr int64_t kGrain = 2048;     // outputs whose windows are found before any is looked up
+constexpr int64_t kWindow = 57;      // bits that `bits_from` gives for sure
+
+// Odd parts of a full circle, one per axis but the last: the lattice of cells that share a place
+// must have no short vectors, or neighbors would be taken for each other.
+constexpr uint32_t kStrides[kAxes] = {0x9e3779b9, 0xc2b2ae3d, 0x85ebca77, 0x27d4eb2f, 0x165667b1,
+                                      0xd6e8feb8, 0xa0761d64, 0xe7037ed1, 0x8ebc6af0};
+
+// Where the rows of both sides lie, and how coordinates become places and lines.
+struct Frame {
+  int axes;
+  int place_bits;
+  int64_t low[kAxes];      // of inputs and of all that outputs read
+  uint32_t place[kAxes];   // strides of places, modulo 2^32
+  uint32_t line[kAxes];    // strides of lines: the row-major index over all axes but the last
+};
+
+struct Range {
+  int64_t low[kAxes], high[kAxes];
+};
+
+template <class T>
+Range range_of(const T* coords, int64_t count, int axes) {
+  Range range;
+  for (int a = 0; a < axes; ++a) {
+    T low = coords[a], high = coords[a];
+    for (int64_t i = 1; i < count; ++i) {
+      low = std::min(low, coords[i * axes + a]);
+      high = std::max(high, coords[i * axes + a]);
+    }
+    range.low[a] = low;
+    range.high[a] = high;
+  }
+  return range;
+}
+
+// False where the method does not suit: rows outside the grid, which the sorted method defines;
+// a last axis of more than 64 bits per voxel; 2^32 lines and more.
+bool make_frame(const Range& in, const Range& out, int64_t inputs, const Geometry& g,
+                Frame* frame) {
+  constexpr int64_t kMost = int64_t{1} << 40;  // of any figure: no product of two overflows
+  frame->axes = 1 + g.dims;
+  __int128 lines = 1, last = 1;
+  for (int a = 0; a <= g.dims; ++a) {
+    int64_t low = out.low[a], high = out.high[a];
+    if (std::max({std::abs(low), std::abs(high), std::abs(in.low[a]), std::abs(in.high[a])}) >
+        kMost) {
+      return false;
+    }
+    if (a > 0) {
+      const int64_t stride = g.stride[a - 1], padding = g.padding[a - 1];
+      const int64_t kernel = g.kernel[a - 1], dilation = g.dilation[a - 1];
+      constexpr int64_t kFew = int64_t{1} << 20;
+      if (std::max({stride, padding, kernel, dilation}) > kFew) return false;
+      if (in.low[a] < 0 || in.high[a] >= g.shape[a - 1]) return false;
+      low = low * stride - padding;
+      high = high * stride - padding + (kernel - 1) * dilation;
+    }
+    low = std::min(low, in.low[a]);
+    const int64_t extent = std::max(high, in.high[a]) - low + 1;
+    frame->low[a] = low;
+    if (a < g.dims) {
+      lines *= extent;
+      if (lines >= (int64_t{1} << 32)) return false;
+    } else {
+      last = extent;
+    }
+  }
+  const auto ceil_log2 = [](__int128 x) {
+    int bits = 0;
+    while ((static_cast<__int128>(1) << bits) < x) ++bits;
+    return bits;
+  };
+  // At least one word, and no more than a dense box of all cells has.
+  const int wanted = ceil_log2(static_cast<__int128>(inputs) * 32), dense = ceil_log2(lines * last);
+  const int bits = std::max({6, std::min(wanted, dense), ceil_log2(last)});
+  if (bits > std::min(31, wanted + 6)) return false;
+  frame->place_bits = bits;
+  uint32_t natural = 1, line = 1;
+  for (int a = g.dims; a >= 0; --a) {
+    frame->place[a] = dense <= bits ? natural : kStrides[a] >> (32 - bits) | 1;
+    frame->line[a] = line;
+    const int64_t high = a == 0 ? out.high[a]
+                                : out.high[a] * g.stride[a - 1] - g.padding[a - 1] +
+                                      (g.kernel[a - 1] - 1) * g.dilation[a - 1];
+    const int64_t extent = std::max(high, in.high[a]) - frame->low[a] + 1;
+    natural *= static_cast<uint32_t>(extent);
+    if (a < g.dims) line *= static_cast<uint32_t>(extent);
+  }
+  frame->place[g.dims] = 1;
+  frame->line[g.dims] = 0;
+  return true;
+}
+
+// Rows as (place, line): what tells whether two rows are the same cell.
+struct Rows {
+  std::unique_ptr<uint32_t[]> place, line;
+};
+
+// The cell of row i is coords[i] * stride - padding, or coords[i] where `g` is null.
+template <class T>
+Rows locate(const T* coords, int64_t count, const Frame& f, const Geometry* g) {
+  Rows rows{std::unique_ptr<uint32_t[]>(new uint32_t[count]),
+            std::unique_ptr<uint32_t[]>(new uint32_t[count])};
+  uint32_t place_step[kAxes], line_step[kAxes], place0 = 0, line0 = 0;
+  for (int a = 0; a < f.axes; ++a) {
+    const int64_t stride = g != nullptr && a > 0 ? g->stride[a - 1] : 1;
+    const int64_t padding = g != nullptr && a > 0 ? g->padding[a - 1] : 0;
+    const uint32_t shift = static_cast<uint32_t>(-padding - f.low[a]);
+    place_step[a] = f.place[a] * static_cast<uint32_t>(stride);
+    line_step[a] = f.line[a] * static_cast<uint32_t>(stride);
+    place0 += f.place[a] * shift;
+    line0 += f.line[a] * shift;
+  }
+  const auto fill = [&](int axes) {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t place = place0, line = line0;
+      for (int a = 0; a < axes; ++a) {
+        const uint32_t x = static_cast<uint32_t>(coords[i * axes + a]);
+        place += x * place_step[a];
+        line += x * line_step[a];
+      }
+      rows.place[i] = place;
+      rows.line[i] = line;
+    }
+  };
+  f.axes == 4 ? fill(4) : fill(f.axes);  // three dimensions: unrolled
+  return rows;
+}
+
+// The input voxels: a bitmap over places, and per set bit the voxel that has it.
+class Voxels {
+ public:
+  Voxels(const Rows& rows, int64_t count, int place_bits)
+      : mask_((uint32_t{1} << place_bits) - 1), words_(int64_t{1} << (place_bits - 6)),
+        bits_(words_ + 2, 0), before_(new int32_t[words_]), slots_(new Slot[count]) {
+    std::unique_ptr<int32_t[]> late(new int32_t[count]);  // rows that find their bit set
+    int64_t num_late = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t place = rows.place[i] & mask_;
+      uint64_t* word = &bits_[place >> 6];
+      late[num_late] = static_cast<int32_t>(i);
+      num_late += *word >> (place & 63) & 1;
+      *word |= uint64_t{1} << (place & 63);
+    }
+    int32_t sum = 0;
+    for (int64_t w = 0; w < words_; ++w) {
+      before_[w] = sum;
+      sum += count_bits(bits_[w]);
+    }
+    bits_[words_] = bits_[0];  // windows wrap around
+    for (int64_t i = count; i-- > 0;) {  // the first row of a place is written last
+      slots_[rank(rows.place[i])] = {rows.line[i], static_cast<int32_t>(i)};
+    }
+    for (int64_t n = 0; n < num_late; ++n) {
+      const int64_t i = late[n];
+      Slot& slot = slots_[rank(rows.place[i])];
+      const int32_t first = slot.row < 0 ? ~slot.row : slot.row;
+      unique_ = unique_ && slot.line != rows.line[i];
+      if (slot.line == rows.line[i]) continue;
+      slot.row = ~first;
+      others_.push_back({key(rows.place[i], rows.line[i]), static_cast<int32_t>(i)});
+    }
+    std::stable_sort(others_.begin(), others_.end());
+    for (size_t n = 1; n < others_.size(); ++n) {
+      unique_ = unique_ && others_[n].key != others_[n - 1].key;
+    }
+  }
+
+  bool unique() const { return unique_; }
+  int64_t num_others() const { return static_cast<int64_t>(others_.size()); }
+  uint64_t window(uint32_t place) const { return bits_from(bits_.data(), place & mask_); }
+
+  // The row of a cell whose bit is set, or -1.
+  int32_t find(uint32_t place, uint32_t line) const {
+    const Slot slot = slots_[rank(place)];
+    const int32_t found = -int32_t{slot.line == line};
+    if (__builtin_expect(slot.row < 0, 0)) {
+      return found != 0 ? ~slot.row : find_other(place, line);
+    }
+    return (slot.row & found) | ~found;
+  }
+
+ private:
+  struct Slot {
+    uint32_t line;
+    int32_t row;  // or ~row, where other cells have the same place
+  };
+  struct Other {
+    uint64_t key;
+    int32_t row;
+    bool operator<(const Other& other) const { return key < other.key; }
+  };
+
+  uint64_t key(uint32_t place, uint32_t line) const {
+    return uint64_t{place & mask_} << 32 | line;
+  }
+  int32_t rank(uint32_t place) const {
+    const uint32_t at = place & mask_;
+    const uint64_t below = (uint64_t{1} << (at & 63)) - 1;
+    return before_[at >> 6] + count_bits(bits_[at >> 6] & below);
+  }
+  int32_t find_other(uint32_t place, uint32_t line) const {
+    const Other wanted{key(place, line), 0};
+    const auto other = std::lower_bound(others_.begin(), others_.end(), wanted);
+    return other != others_.end() && other->key == wanted.key ? other->row : -1;
+  }
+
+  uint32_t mask_;
+  int64_t words_;
+  std::vector<uint64_t> bits_;  // and one word more, the first again, and one to read past
+  std::unique_ptr<int32_t[]> before_;
+  std::unique_ptr<Slot[]> slots_;
+  std::vector<Other> others_;
+  bool unique_ = true;
+};
+
+// Writes the reads of outputs [first, last) on one line of offsets, from offset `from` to `until` of
+// the last axis, into the table's rows of that line. With `mirror` they also are the reads of the
+// opposite offsets by the voxels found.
+template <bool kMirrored>
+void write_line(const Voxels& voxels, const Rows& out, const Frame& f, const Geometry& g,
+                int64_t line, int64_t first, int64_t last, int64_t outputs, int32_t* table) {
+  const int64_t along = g.kernel[g.last()], step = g.dilation[g.last()], taps = g.taps();
+  const int64_t until = kMirrored ? std::min(along, taps / 2 - line * along) : along;
+  uint32_t place = 0, shift = 0;
+  for (int64_t a = g.last() - 1, rest = line; a >= 0; --a) {
+    const uint32_t offset = static_cast<uint32_t>(rest % g.kernel[a] * g.dilation[a]);
+    rest /= g.kernel[a];
+    place += f.place[1 + a] * offset;
+    shift += f.line[1 + a] * offset;
+  }
+  uint64_t windows[kGrain];
+  uint16_t present[kGrain];
+  const int64_t per_window = 1 + (kWindow - 1) / step;  // offsets one window tells of
+  int32_t unused = 0;
+  for (int64_t begin = first; begin < last; begin += kGrain) {
+    const int64_t count = std::min(kGrain, last - begin);
+    const uint32_t* places = &out.place[begin];
+    const uint32_t* lines = &out.line[begin];
+    for (int64_t k = 0; k < until; ++k) {
+      const int64_t bit = k % per_window * step;
+      const uint32_t delta = place + static_cast<uint32_t>(k * step);
+      if (bit == 0) {
+        for (int64_t i = 0; i < count; ++i) windows[i] = voxels.window(places[i] + delta);
+      }
+      int64_t num_present = 0;  // appended without a branch, which would be mispredicted often
+      for (int64_t i = 0; i < count; ++i) {
+        present[num_present] = static_cast<uint16_t>(i);
+        num_present += windows[i] >> bit & 1;
+      }
+      int32_t* to = table + (line * along + k) * outputs + begin;
+      int32_t* opposite = table + (taps - 1 - line * along - k) * outputs;
+      if (!kMirrored) std::fill(to, to + count, -1);
+      for (int64_t n = 0; n < num_present; ++n) {
+        const int64_t i = present[n];
+        const int32_t row = voxels.find(places[i] + delta, lines[i] + shift);
+        to[i] = row;
+        if (kMirrored) *select(row >= 0, opposite, row, &unused) = static_cast<int32_t>(begin + i);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+bool bitmap_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                      const Geometry& g, int32_t* table, int64_t threads) {
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+  return false;
+#endif
+  const bool same = are_same(coords, inputs, out_coords, outputs, g.dims);
+  const Range in_range = range_of(coords, inputs, 1 + g.dims);
+  const Range out_range = same ? in_range : range_of(out_coords, outputs, 1 + g.dims);
+  Frame frame;
+  if (!make_frame(in_range, out_range, inputs, g, &frame)) return false;
+  const Rows in_rows = locate(coords, inputs, frame, nullptr);
+  const Voxels voxels(in_rows, inputs, frame.place_bits);
+  if (voxels.num_others() > inputs / 8) return false;  // an unlucky grid: lookups would be slow
+  const Rows out = locate(out_coords, outputs, frame, &g);
+
+  const bool mirrored = same && voxels.unique() && g.is_symmetric();
+  const int64_t taps = g.taps(), lines = taps / g.kernel[g.last()];
+  const int64_t swept = mirrored ? lines / 2 + 1 : lines;
+  if (mirrored) {
+    parallel_for(taps, threads, [&](int64_t, int64_t k) {
+      int32_t* to = table + k * outputs;
+      if (k != taps / 2) std::fill(to, to + outputs, -1);
+      for (int64_t i = 0; k == taps / 2 && i < outputs; ++i) to[i] = static_cast<int32_t>(i);
+    });
+  }
+  const int64_t part = 16 * kGrain, parts = (outputs + part - 1) / part;
+  parallel_for(parts * swept, threads, [&](int64_t, int64_t task) {
+    const int64_t first = task / swept * part, last = std::min(first + part, outputs);
+    mirrored ? write_line<true>(voxels, out, frame, g, task % swept, first, last, outputs, table)
+             : write_line<false>(voxels, out, frame, g, task % swept, first, last, outputs, table);
+  });
+  return true;
+}
+
+template bool bitmap_neighbors(const int32_t*, int64_t, const int32_t*, int64_t, const Geometry&,
+                               int32_t*, int64_t);
+template bool bitmap_neighbors(const int64_t*, int64_t, const int64_t*, int64_t, const Geometry&,
+                               int32_t*, int64_t);
+
+}  // namespace fquant
