@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bits.h"
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int kAxes = kMaxDims + 1;  // the batch is the first axis
 constexpr int64_t kGrain = 2048;     // outputs whose windows are found before any is looked up
+constexpr size_t kMostShared = 16;   // cells of one place, or the grid is left to sorting
 constexpr int64_t kWindow = 57;      // bits that `bits_from` gives for sure
 
 // Odd parts of a full circle, one per axis but the last: the lattice of cells that share a place
@@ -173,67 +175,71 @@ class Voxels {
     for (int64_t i = count; i-- > 0;) {  // the first row of a place is written last
       slots_[rank(rows.place[i])] = {rows.line[i], static_cast<int32_t>(i)};
     }
-    for (int64_t n = 0; n < num_late; ++n) {
-      const int64_t i = late[n];
-      Slot& slot = slots_[rank(rows.place[i])];
-      const int32_t first = slot.row < 0 ? ~slot.row : slot.row;
-      unique_ = unique_ && slot.line != rows.line[i];
-      if (slot.line == rows.line[i]) continue;
-      slot.row = ~first;
-      others_.push_back({key(rows.place[i], rows.line[i]), static_cast<int32_t>(i)});
-    }
-    std::stable_sort(others_.begin(), others_.end());
-    for (size_t n = 1; n < others_.size(); ++n) {
-      unique_ = unique_ && others_[n].key != others_[n - 1].key;
-    }
+    late_rows(rows, late.get(), num_late);
   }
 
   bool unique() const { return unique_; }
-  int64_t num_others() const { return static_cast<int64_t>(others_.size()); }
+  bool crowded() const { return crowded_; }
   uint64_t window(uint32_t place) const { return bits_from(bits_.data(), place & mask_); }
 
-  // The row of a cell whose bit is set, or -1.
+  // The row of a cell whose bit is set, or -1; below -1 if `find_shared` has to look.
   int32_t find(uint32_t place, uint32_t line) const {
     const Slot slot = slots_[rank(place)];
-    const int32_t found = -int32_t{slot.line == line};
-    if (__builtin_expect(slot.row < 0, 0)) {
-      return found != 0 ? ~slot.row : find_other(place, line);
-    }
-    return (slot.row & found) | ~found;
+    const int32_t other = -int32_t{slot.line != line};
+    return slot.row | (other & ~(slot.row >> 31));
+  }
+  int32_t find_shared(int32_t found, uint32_t line) const {
+    const Slot* slot = &shared_[-2 - int64_t{found}];
+    while (slot->line != line && slot->row >= 0) ++slot;
+    return slot->row;
   }
 
  private:
   struct Slot {
     uint32_t line;
-    int32_t row;  // or ~row, where other cells have the same place
-  };
-  struct Other {
-    uint64_t key;
-    int32_t row;
-    bool operator<(const Other& other) const { return key < other.key; }
+    int32_t row;  // or -2 - i, where several cells have the place and shared_[i] is the first
   };
 
-  uint64_t key(uint32_t place, uint32_t line) const {
-    return uint64_t{place & mask_} << 32 | line;
+  // Gives rows that found their bit set the slots after the first row's; row -1 ends them.
+  void late_rows(const Rows& rows, const int32_t* late, int64_t count) {
+    std::vector<std::pair<int32_t, int32_t>> by_slot;
+    for (int64_t n = 0; n < count; ++n) by_slot.push_back({rank(rows.place[late[n]]), late[n]});
+    std::sort(by_slot.begin(), by_slot.end());
+    for (size_t n = 0; n < by_slot.size();) {
+      const int32_t at = by_slot[n].first;
+      const size_t begin = shared_.size();
+      shared_.push_back(slots_[at]);
+      for (; n < by_slot.size() && by_slot[n].first == at; ++n) {
+        const uint32_t line = rows.line[by_slot[n].second];
+        const auto same = [&](const Slot& slot) { return slot.line == line; };
+        if (std::any_of(shared_.begin() + begin, shared_.end(), same)) {
+          unique_ = false;  // the first row of a cell counts
+        } else {
+          shared_.push_back({line, by_slot[n].second});
+        }
+        if (shared_.size() - begin > kMostShared) crowded_ = true;
+        if (crowded_) return;
+      }
+      if (shared_.size() == begin + 1) {
+        shared_.pop_back();
+        continue;
+      }
+      slots_[at].row = -2 - static_cast<int32_t>(begin);
+      shared_.push_back({0, -1});
+    }
   }
   int32_t rank(uint32_t place) const {
     const uint32_t at = place & mask_;
     const uint64_t below = (uint64_t{1} << (at & 63)) - 1;
     return before_[at >> 6] + count_bits(bits_[at >> 6] & below);
   }
-  int32_t find_other(uint32_t place, uint32_t line) const {
-    const Other wanted{key(place, line), 0};
-    const auto other = std::lower_bound(others_.begin(), others_.end(), wanted);
-    return other != others_.end() && other->key == wanted.key ? other->row : -1;
-  }
-
   uint32_t mask_;
   int64_t words_;
   std::vector<uint64_t> bits_;  // and one word more, the first again, and one to read past
   std::unique_ptr<int32_t[]> before_;
   std::unique_ptr<Slot[]> slots_;
-  std::vector<Other> others_;
-  bool unique_ = true;
+  std::vector<Slot> shared_;
+  bool unique_ = true, crowded_ = false;
 };
 
 // Writes the reads of outputs [first, last) on one line of offsets, from offset `from` to `until` of
@@ -273,11 +279,20 @@ void write_line(const Voxels& voxels, const Rows& out, const Frame& f, const Geo
       int32_t* to = table + (line * along + k) * outputs + begin;
       int32_t* opposite = table + (taps - 1 - line * along - k) * outputs;
       if (!kMirrored) std::fill(to, to + count, -1);
+      int64_t num_shared = 0;
       for (int64_t n = 0; n < num_present; ++n) {
         const int64_t i = present[n];
         const int32_t row = voxels.find(places[i] + delta, lines[i] + shift);
         to[i] = row;
+        present[num_shared] = static_cast<uint16_t>(i);
+        num_shared += row < -1;
         if (kMirrored) *select(row >= 0, opposite, row, &unused) = static_cast<int32_t>(begin + i);
+      }
+      for (int64_t n = 0; n < num_shared; ++n) {
+        const int64_t i = present[n];
+        const int32_t row = voxels.find_shared(to[i], lines[i] + shift);
+        to[i] = row;
+        if (kMirrored && row >= 0) opposite[row] = static_cast<int32_t>(begin + i);
       }
     }
   }
@@ -298,7 +313,7 @@ bool bitmap_neighbors(const T* coords, int64_t inputs, const T* out_coords, int6
   if (!make_frame(in_range, out_range, inputs, g, &frame)) return false;
   const Rows in_rows = locate(coords, inputs, frame, nullptr);
   const Voxels voxels(in_rows, inputs, frame.place_bits);
-  if (voxels.num_others() > inputs / 8) return false;  // an unlucky grid: lookups would be slow
+  if (voxels.crowded()) return false;
   const Rows out = locate(out_coords, outputs, frame, &g);
 
   const bool mirrored = same && voxels.unique() && g.is_symmetric();
