@@ -95,7 +95,7 @@ bool make_frame(const Range& in, const Range& out, int64_t inputs, const Geometr
     return bits;
   };
   // At least one word, and no more than a dense box of all cells has.
-  const int wanted = ceil_log2(static_cast<__int128>(inputs) * 32), dense = ceil_log2(lines * last);
+  const int wanted = ceil_log2(static_cast<__int128>(inputs) * 64), dense = ceil_log2(lines * last);
   const int bits = std::max({6, std::min(wanted, dense), ceil_log2(last)});
   if (bits > std::min(31, wanted + 6)) return false;
   frame->place_bits = bits;
@@ -156,7 +156,7 @@ class Voxels {
  public:
   Voxels(const Rows& rows, int64_t count, int place_bits)
       : mask_((uint32_t{1} << place_bits) - 1), words_(int64_t{1} << (place_bits - 6)),
-        bits_(words_ + 2, 0), before_(new int32_t[words_]), slots_(new Slot[count]) {
+        bits_(words_ + 2, 0), before_(new int32_t[words_]), slots_(count + 64) {
     std::unique_ptr<int32_t[]> late(new int32_t[count]);  // rows that find their bit set
     int64_t num_late = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -176,17 +176,28 @@ class Voxels {
       slots_[rank(rows.place[i])] = {rows.line[i], static_cast<int32_t>(i)};
     }
     late_rows(rows, late.get(), num_late);
+    std::copy(slots_.begin(), slots_.begin() + std::min<int64_t>(sum, 64), slots_.begin() + sum);
   }
 
   bool unique() const { return unique_; }
   bool crowded() const { return crowded_; }
   uint64_t window(uint32_t place) const { return bits_from(bits_.data(), place & mask_); }
 
-  // The row of a cell whose bit is set, or -1; below -1 if `find_shared` has to look.
-  int32_t find(uint32_t place, uint32_t line) const {
-    const Slot slot = slots_[rank(place)];
+  // The search of a window's voxels, in steps that each ask for what the next one reads: many
+  // searches go side by side, and waiting for memory one after the other is most of their time.
+  void prepare(uint32_t place) const { __builtin_prefetch(&before_[(place & mask_) >> 6]); }
+  int32_t rank(uint32_t place) const {
+    const uint32_t at = place & mask_;
+    const uint64_t below = (uint64_t{1} << (at & 63)) - 1;
+    const int32_t slot = before_[at >> 6] + count_bits(bits_[at >> 6] & below);
+    __builtin_prefetch(&slots_[slot]);
+    return slot;
+  }
+  // The row of the cell whose bit is the rank-th one, or -1; below -1 if `find_shared` has to look.
+  int32_t find(int64_t rank, uint32_t line, bool present) const {
+    const Slot slot = slots_[rank];
     const int32_t other = -int32_t{slot.line != line};
-    return slot.row | (other & ~(slot.row >> 31));
+    return slot.row | (other & ~(slot.row >> 31)) | (int32_t{present} - 1);
   }
   int32_t find_shared(int32_t found, uint32_t line) const {
     const Slot* slot = &shared_[-2 - int64_t{found}];
@@ -228,71 +239,95 @@ class Voxels {
       shared_.push_back({0, -1});
     }
   }
-  int32_t rank(uint32_t place) const {
-    const uint32_t at = place & mask_;
-    const uint64_t below = (uint64_t{1} << (at & 63)) - 1;
-    return before_[at >> 6] + count_bits(bits_[at >> 6] & below);
-  }
   uint32_t mask_;
   int64_t words_;
   std::vector<uint64_t> bits_;  // and one word more, the first again, and one to read past
   std::unique_ptr<int32_t[]> before_;
-  std::unique_ptr<Slot[]> slots_;
+  std::vector<Slot> slots_;  // and the first ones again
   std::vector<Slot> shared_;
   bool unique_ = true, crowded_ = false;
 };
 
-// Writes the reads of outputs [first, last) on one line of offsets, from offset `from` to `until` of
-// the last axis, into the table's rows of that line. With `mirror` they also are the reads of the
-// opposite offsets by the voxels found.
-template <bool kMirrored>
+// Lines of offsets, and the outputs [first, last) that make their reads.
+struct Line {
+  int64_t line, first, last, outputs;
+  int32_t* table;
+};
+
+// Writes the table's rows of one line. If mirrored, only offsets before the middle one, and what
+// they find is also written for the opposite offsets. kTaps is how many offsets are on the line if
+// that is a constant and they are consecutive voxels, 0 otherwise.
+template <bool kMirrored, int kTaps>
 void write_line(const Voxels& voxels, const Rows& out, const Frame& f, const Geometry& g,
-                int64_t line, int64_t first, int64_t last, int64_t outputs, int32_t* table) {
-  const int64_t along = g.kernel[g.last()], step = g.dilation[g.last()], taps = g.taps();
-  const int64_t until = kMirrored ? std::min(along, taps / 2 - line * along) : along;
+                const Line& l) {
+  const int64_t along = g.kernel[g.last()], taps = g.taps();
+  const int64_t step = kTaps != 0 ? 1 : g.dilation[g.last()];
+  const int64_t until = kMirrored ? std::min(along, taps / 2 - l.line * along) : along;
   uint32_t place = 0, shift = 0;
-  for (int64_t a = g.last() - 1, rest = line; a >= 0; --a) {
+  for (int64_t a = g.last() - 1, rest = l.line; a >= 0; --a) {
     const uint32_t offset = static_cast<uint32_t>(rest % g.kernel[a] * g.dilation[a]);
     rest /= g.kernel[a];
     place += f.place[1 + a] * offset;
     shift += f.line[1 + a] * offset;
   }
-  uint64_t windows[kGrain];
-  uint16_t present[kGrain];
   const int64_t per_window = 1 + (kWindow - 1) / step;  // offsets one window tells of
+  uint64_t windows[kGrain];
+  uint16_t some[kGrain];  // outputs whose window is not empty
+  int32_t ranks[kGrain];
   int32_t unused = 0;
-  for (int64_t begin = first; begin < last; begin += kGrain) {
-    const int64_t count = std::min(kGrain, last - begin);
+  for (int64_t begin = l.first; begin < l.last; begin += kGrain) {
+    const int64_t count = std::min(kGrain, l.last - begin);
     const uint32_t* places = &out.place[begin];
     const uint32_t* lines = &out.line[begin];
-    for (int64_t k = 0; k < until; ++k) {
-      const int64_t bit = k % per_window * step;
-      const uint32_t delta = place + static_cast<uint32_t>(k * step);
-      if (bit == 0) {
-        for (int64_t i = 0; i < count; ++i) windows[i] = voxels.window(places[i] + delta);
+    for (int64_t k0 = 0; k0 < until; k0 += per_window) {
+      const int64_t width = kTaps != 0 ? kTaps : std::min(per_window, until - k0);
+      const uint32_t delta = place + static_cast<uint32_t>(k0 * step);
+      uint64_t mask = 0;
+      for (int64_t k = 0; k < width; ++k) mask |= uint64_t{1} << (k * step);
+      int32_t* to = l.table + (l.line * along + k0) * l.outputs + begin;
+      int32_t* opposite = l.table + (taps - 1 - l.line * along - k0) * l.outputs;
+      for (int64_t k = 0; k < width; ++k) {
+        std::fill(to + k * l.outputs, to + k * l.outputs + count, -1);
       }
-      int64_t num_present = 0;  // appended without a branch, which would be mispredicted often
+      int64_t num_some = 0;  // appended without a branch, which would be mispredicted often
       for (int64_t i = 0; i < count; ++i) {
-        present[num_present] = static_cast<uint16_t>(i);
-        num_present += windows[i] >> bit & 1;
+        windows[i] = voxels.window(places[i] + delta);
+        some[num_some] = static_cast<uint16_t>(i);
+        num_some += (windows[i] & mask) != 0;
       }
-      int32_t* to = table + (line * along + k) * outputs + begin;
-      int32_t* opposite = table + (taps - 1 - line * along - k) * outputs;
-      if (!kMirrored) std::fill(to, to + count, -1);
+      for (int64_t n = 0; n < num_some; ++n) voxels.prepare(places[some[n]] + delta);
+      for (int64_t n = 0; n < num_some; ++n) ranks[n] = voxels.rank(places[some[n]] + delta);
       int64_t num_shared = 0;
-      for (int64_t n = 0; n < num_present; ++n) {
-        const int64_t i = present[n];
-        const int32_t row = voxels.find(places[i] + delta, lines[i] + shift);
-        to[i] = row;
-        present[num_shared] = static_cast<uint16_t>(i);
-        num_shared += row < -1;
-        if (kMirrored) *select(row >= 0, opposite, row, &unused) = static_cast<int32_t>(begin + i);
+      for (int64_t n = 0; n < num_some; ++n) {
+        const int64_t i = some[n];
+        const uint64_t window = windows[i];
+        int32_t least = 0;
+        int64_t rank = ranks[n];
+        for (int64_t k = 0; k < width; ++k) {
+          const uint64_t bit = uint64_t{1} << (k * step);
+          if (kTaps == 0) rank = ranks[n] + count_bits(window & (bit - 1));
+          const int32_t row = voxels.find(rank, lines[i] + shift, (window & bit) != 0);
+          if (kTaps != 0) rank += (window & bit) != 0;
+          to[k * l.outputs + i] = row;
+          least = std::min(least, row);
+          if (kMirrored) {
+            *select(row >= 0, opposite - k * l.outputs, row, &unused) =
+                static_cast<int32_t>(begin + i);
+          }
+        }
+        some[num_shared] = static_cast<uint16_t>(i);
+        num_shared += least < -1;
       }
       for (int64_t n = 0; n < num_shared; ++n) {
-        const int64_t i = present[n];
-        const int32_t row = voxels.find_shared(to[i], lines[i] + shift);
-        to[i] = row;
-        if (kMirrored && row >= 0) opposite[row] = static_cast<int32_t>(begin + i);
+        const int64_t i = some[n];
+        for (int64_t k = 0; k < width; ++k) {
+          int32_t* row = to + k * l.outputs + i;
+          if (*row >= -1) continue;
+          *row = voxels.find_shared(*row, lines[i] + shift);
+          if (kMirrored && *row >= 0) {
+            (opposite - k * l.outputs)[*row] = static_cast<int32_t>(begin + i);
+          }
+        }
       }
     }
   }
@@ -322,15 +357,19 @@ bool bitmap_neighbors(const T* coords, int64_t inputs, const T* out_coords, int6
   if (mirrored) {
     parallel_for(taps, threads, [&](int64_t, int64_t k) {
       int32_t* to = table + k * outputs;
-      if (k != taps / 2) std::fill(to, to + outputs, -1);
+      if (k > taps / 2) std::fill(to, to + outputs, -1);
       for (int64_t i = 0; k == taps / 2 && i < outputs; ++i) to[i] = static_cast<int32_t>(i);
     });
   }
   const int64_t part = 16 * kGrain, parts = (outputs + part - 1) / part;
   parallel_for(parts * swept, threads, [&](int64_t, int64_t task) {
     const int64_t first = task / swept * part, last = std::min(first + part, outputs);
-    mirrored ? write_line<true>(voxels, out, frame, g, task % swept, first, last, outputs, table)
-             : write_line<false>(voxels, out, frame, g, task % swept, first, last, outputs, table);
+    const Line l{task % swept, first, last, outputs, table};
+    const bool whole = !mirrored || l.line < lines / 2;
+    const bool three = whole && g.kernel[g.last()] == 3 && g.dilation[g.last()] == 1;
+    const auto write = mirrored ? three ? write_line<true, 3> : write_line<true, 0>
+                                : three ? write_line<false, 3> : write_line<false, 0>;
+    write(voxels, out, frame, g, l);
   });
   return true;
 }
