@@ -1,410 +1,47 @@
-// Kernel maps: sort the voxels by linear key, then sweep.
-//
-// For one offset of all axes but the last, the input keys wanted by the outputs in sorted order
-// rise, so one pointer finds them all: no hash, no random reads, no dependence on threads.
+// Kernel maps: the C interface, and which method makes a table.
+#include "kernel_map.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <new>
-#include <tuple>
-#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "fquant_kernels.h"
 #include "parallel.h"
-#include "sorted_keys.h"
 
 namespace fquant {
 namespace {
 
-constexpr int kMaxDims = 8;
-constexpr int kSentinels = 1;  // entries past the sorted keys, so that a sweep may look at them
-
-// `condition ? base + offset : other` without a branch: the compiler turns the plain one into a
-// jump around the store, and with it transposing took 5.7 ms in place of 2.8. The address
-// is made of integers because base + offset need not exist where the condition is false.
-inline int32_t* select(bool condition, int32_t* base, int64_t offset, int32_t* other) {
-  uintptr_t mask = static_cast<uintptr_t>(0) - static_cast<uintptr_t>(condition);
-  __asm__("" : "+r"(mask));  // hides from the compiler what the mask can be
-  const uintptr_t there =
-      reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(int32_t);
-  return reinterpret_cast<int32_t*>((there & mask) | (reinterpret_cast<uintptr_t>(other) & ~mask));
-}
-
-struct Geometry {
-  int dims;
-  const int64_t *shape, *kernel, *stride, *padding, *dilation;
-
-  int64_t taps() const {
-    int64_t product = 1;
-    for (int a = 0; a < dims; ++a) product *= kernel[a];
-    return product;
+// Asks for huge pages under a fresh table: at a million voxels the faults of 108 MB by 4 KiB took
+// 32 ms, as long as everything else. Memory that has its pages already is not changed.
+void prefer_huge_pages(int32_t* table, int64_t entries) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(table) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(table + entries) & ~(kPage - 1);
+  if (end > begin && end - begin >= 16 * kPage) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
-  int last() const { return dims - 1; }
-};
-
-// Keys are sums of products in wrapping uint64, so rows outside the grid are wrong but harmless.
-template <class T>
-uint64_t key_of(const T* row, const int64_t* shape, int dims) {
-  uint64_t key = static_cast<uint64_t>(static_cast<int64_t>(row[0]));
-  for (int a = 0; a < dims; ++a) {
-    key = key * static_cast<uint64_t>(shape[a]) + static_cast<uint64_t>(int64_t{row[1 + a]});
-  }
-  return key;
-}
-
-struct Sorted {
-  std::vector<int64_t> keys;  // rising, no two equal
-  std::vector<int32_t> row;   // where each was; the first of equal ones
-  bool unique;
-};
-
-template <class T>
-Sorted sort_inputs(const T* coords, int64_t count, const Geometry& g) {
-  std::vector<uint64_t> keys(count);
-  constexpr uint64_t kSign = uint64_t{1} << 63;  // signed order from unsigned sorting
-  for (int64_t i = 0; i < count; ++i) {
-    keys[i] = key_of(coords + i * (1 + g.dims), g.shape, g.dims) ^ kSign;
-  }
-  Sorted sorted;
-  sort_keys(&keys, &sorted.row);
-  sorted.keys.resize(count);
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t key = static_cast<int64_t>(keys[i] ^ kSign);
-    if (kept > 0 && sorted.keys[kept - 1] == key) continue;
-    sorted.keys[kept] = key;
-    sorted.row[kept++] = sorted.row[i];
-  }
-  sorted.unique = kept == count;
-  sorted.keys.resize(kept);
-  sorted.keys.resize(kept + kSentinels, INT64_MAX);
-  sorted.row.resize(kept);
-  sorted.row.resize(kept + kSentinels, 0);
-  return sorted;
-}
-
-// The order in which to visit outputs: lexicographic, whatever grid they are on. Any order is
-// right, this one is fast.
-template <class T>
-std::vector<int32_t> visiting_order(const T* coords, int64_t count, int dims) {
-  std::vector<int32_t> order;
-  int64_t least[kMaxDims + 1], size[kMaxDims + 1];
-  for (int a = 0; a <= dims; ++a) {
-    int64_t low = INT64_MAX, high = INT64_MIN;
-    for (int64_t i = 0; i < count; ++i) {
-      low = std::min<int64_t>(low, coords[i * (1 + dims) + a]);
-      high = std::max<int64_t>(high, coords[i * (1 + dims) + a]);
-    }
-    least[a] = low;
-    size[a] = static_cast<int64_t>(static_cast<uint64_t>(high) - static_cast<uint64_t>(low) + 1);
-  }
-  std::vector<uint64_t> keys(count);
-  for (int64_t i = 0; i < count; ++i) {
-    uint64_t key = 0;
-    for (int a = 0; a <= dims; ++a) {
-      const int64_t value = coords[i * (1 + dims) + a];
-      key = key * static_cast<uint64_t>(size[a]) +
-            (static_cast<uint64_t>(value) - static_cast<uint64_t>(least[a]));
-    }
-    keys[i] = key;
-  }
-  sort_keys(&keys, &order);
-  return order;
-}
-
-// Outputs in visiting order: the key their offset 0 reads, and which offsets of each axis stay
-// inside the grid (one bit each, axes one after the other; `wide` if they do not fit in 64).
-struct Outputs {
-  std::vector<int32_t> row;
-  std::vector<int64_t> base;
-  std::vector<uint64_t> inside;
-  int first_bit[kMaxDims];
-  bool wide;
-  bool rising;  // base never falls
-};
-
-template <class T>
-int64_t position(const T* coords, int64_t row, int axis, const Geometry& g) {
-  const int64_t at = coords[row * (1 + g.dims) + 1 + axis];
-  return static_cast<int64_t>(static_cast<uint64_t>(at) * static_cast<uint64_t>(g.stride[axis]) -
-                              static_cast<uint64_t>(g.padding[axis]));
+#else
+  (void)table, (void)entries;
+#endif
 }
 
 template <class T>
-void place_outputs(const T* coords, int64_t count, const Geometry& g, Outputs* out) {
-  int bits = 0;
-  for (int a = 0; a < g.dims; ++a) {
-    out->first_bit[a] = bits;
-    bits = static_cast<int>(std::min<int64_t>(65, bits + g.kernel[a]));
-  }
-  out->wide = bits > 64;
-  out->rising = true;
-  out->base.resize(count);
-  if (!out->wide) out->inside.resize(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = out->row[i];
-    uint64_t key = static_cast<uint64_t>(static_cast<int64_t>(coords[row * (1 + g.dims)]));
-    uint64_t inside = 0;
-    for (int a = 0; a < g.dims; ++a) {
-      const int64_t at = position(coords, row, a, g);
-      key = key * static_cast<uint64_t>(g.shape[a]) + static_cast<uint64_t>(at);
-      if (out->wide) continue;
-      const uint64_t end = static_cast<uint64_t>(at) +
-                           static_cast<uint64_t>((g.kernel[a] - 1) * g.dilation[a]);
-      if (at >= 0 && at < g.shape[a] && end < static_cast<uint64_t>(g.shape[a])) {
-        inside |= (~uint64_t{0} >> (64 - g.kernel[a])) << out->first_bit[a];
-        continue;
-      }
-      for (int64_t k = 0; k < g.kernel[a]; ++k) {
-        const uint64_t reach = static_cast<uint64_t>(at) + static_cast<uint64_t>(k * g.dilation[a]);
-        inside |= uint64_t{reach < static_cast<uint64_t>(g.shape[a])} << (out->first_bit[a] + k);
-      }
-    }
-    out->base[i] = static_cast<int64_t>(key);
-    out->rising = out->rising && (i == 0 || out->base[i - 1] <= out->base[i]);
-    if (!out->wide) out->inside[i] = inside;
-  }
-}
-
-// Writes table lines in visiting order. A line is the offsets that differ on the last axis only.
-template <class T>
-class Sweep {
- public:
-  Sweep(const Geometry& g, const Sorted& in, const Outputs& out, const T* out_coords, bool mirrored)
-      : g_(g), in_(in), out_(out), coords_(out_coords), count_(out.base.size()),
-        mirrored_(mirrored), line_(g.kernel[g.last()]), lines_(g.taps() / line_) {}
-
-  // Lines that have to be swept; with `mirrored` the others are the mirror images of these.
-  int64_t lines() const { return mirrored_ ? lines_ / 2 + 1 : lines_; }
-  bool is_middle(int64_t line) const { return mirrored_ && line == lines_ / 2; }
-
-  // Outputs [first, last) of one line, to `to`, `line_` rows of all outputs. With `mirrored` also
-  // what is found of the opposite line, to `opposite`, whose absent entries are left alone.
-  void run(int64_t line, int64_t first, int64_t last, int32_t* to, int32_t* opposite) const {
-    Line l{{}, line_, 0, 0};
-    uint64_t volume = 1;
-    for (int64_t a = g_.last(), rest = line; a >= 0; --a) {
-      if (a != g_.last()) {
-        l.tap[a] = rest % g_.kernel[a];
-        rest /= g_.kernel[a];
-        l.delta += volume * static_cast<uint64_t>(l.tap[a] * g_.dilation[a]);
-        if (!out_.wide) l.outer |= uint64_t{1} << (out_.first_bit[a] + l.tap[a]);
-      }
-      volume *= static_cast<uint64_t>(g_.shape[a]);
-    }
-    if (is_middle(line)) {  // the mirror image of the middle line is the line itself
-      l.along = line_ / 2;
-      std::copy(out_.row.begin() + first, out_.row.begin() + last, to + l.along * count_ + first);
-    }
-    if (out_.rising && !out_.wide && g_.dilation[g_.last()] == 1) {
-      std::vector<int32_t> places(last - first);
-      find_places(static_cast<int64_t>(l.delta), first, last, places.data());
-      mirrored_ ? match<true>(l, first, last, places.data(), to, opposite)
-                : match<false>(l, first, last, places.data(), to, opposite);
-    } else {
-      mirrored_ ? sweep<true>(l, first, last, to, opposite)
-                : sweep<false>(l, first, last, to, opposite);
-    }
-  }
-
- private:
-  struct Line {
-    int64_t tap[kMaxDims];  // offset of every axis but the last
-    int64_t along;          // how many offsets of the last axis
-    uint64_t delta, outer;  // what `tap` adds to keys, and its bits in Outputs::inside
-  };
-
-  // places[i - first] = the first key not below base[i] + delta, by merging the two rising lists.
-  // A step moves one of two pointers and has no branch; four quarters of the range go side by side,
-  // because a step waits for the one before it.
-  void find_places(int64_t delta, int64_t first, int64_t last, int32_t* places) const {
-    constexpr int kWays = 4;
-    const int64_t* keys = in_.keys.data();
-    const int64_t* base = out_.base.data();
-    const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
-    const auto wanted = [&](int64_t i) {
-      return static_cast<int64_t>(static_cast<uint64_t>(base[i]) + static_cast<uint64_t>(delta));
-    };
-    int64_t out[kWays], key[kWays], end[kWays];
-    for (int w = 0; w < kWays; ++w) {
-      out[w] = first + (last - first) * w / kWays;
-      end[w] = first + (last - first) * (w + 1) / kWays;
-      key[w] = out[w] == end[w]
-                   ? 0
-                   : std::lower_bound(keys, keys + num_keys, wanted(out[w])) - keys;
-    }
-    const auto step = [&](int w) {
-      const bool below = keys[key[w]] < wanted(out[w]);
-      places[out[w] - first] = static_cast<int32_t>(key[w]);
-      key[w] += below;
-      out[w] += !below;
-    };
-    for (;;) {
-      int64_t steps = INT64_MAX;
-      for (int w = 0; w < kWays; ++w) steps = std::min(steps, end[w] - out[w]);
-      if (steps <= 0) break;
-      for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 4
-        for (int w = 0; w < kWays; ++w) step(w);
-      }
-    }
-    for (int w = 0; w < kWays; ++w) {
-      while (out[w] < end[w]) step(w);
-    }
-  }
-
-  // Offsets that are consecutive voxels, one after the other: the next key is the next candidate.
-  // Nothing that is found decides a branch (it would be mispredicted too often), and one offset
-  // at a time fits the registers.
-  template <bool kMirrored>
-  void match(const Line& l, int64_t first, int64_t last, int32_t* places, int32_t* to,
-             int32_t* opposite) const {
-    const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
-    const int64_t* keys = in_.keys.data();
-    const int32_t* row_of = in_.row.data();
-    int32_t unused = 0;
-    for (int64_t k = 0; k < l.along; ++k, to += count_) {
-      const uint64_t delta = l.delta + static_cast<uint64_t>(k);
-      const uint64_t bits = l.outer | uint64_t{1} << (out_.first_bit[g_.last()] + k);
-      int32_t* mirror = kMirrored ? opposite + (line_ - 1 - k) * count_ : nullptr;
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t wanted = static_cast<int64_t>(static_cast<uint64_t>(out_.base[i]) + delta);
-        const int64_t at = places[i - first];
-        const bool hit = (keys[at] == wanted) & (at < num_keys);
-        const bool found = hit & ((out_.inside[i] & bits) == bits);
-        places[i - first] = static_cast<int32_t>(at + hit);
-        to[i] = (row_of[at] & -int32_t{found}) | (int32_t{found} - 1);
-        if (kMirrored) *select(found, mirror, at, &unused) = out_.row[i];
-      }
-    }
-  }
-
-  // Any geometry, any order of outputs.
-  template <bool kMirrored>
-  void sweep(const Line& l, int64_t first, int64_t last, int32_t* to, int32_t* opposite) const {
-    const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
-    const int64_t* keys = in_.keys.data();
-    const int64_t step = g_.dilation[g_.last()];
-    int64_t place = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const bool live =
-          out_.wide ? outer_inside(out_.row[i], l.tap) : (out_.inside[i] & l.outer) == l.outer;
-      const int64_t low = static_cast<int64_t>(static_cast<uint64_t>(out_.base[i]) + l.delta);
-      if (live) place = seek(keys, num_keys, place, low);
-      int64_t at = place;
-      for (int64_t k = 0; k < l.along; ++k) {
-        const int64_t wanted = low + k * step;
-        while (live && keys[at] < wanted) ++at;
-        const bool found =
-            live && at < num_keys && keys[at] == wanted && inside_last(i, k);
-        to[k * count_ + i] = found ? in_.row[at] : -1;
-        if (kMirrored && found) opposite[(line_ - 1 - k) * count_ + at] = out_.row[i];
-      }
-    }
-  }
-
-  bool outer_inside(int64_t row, const int64_t* tap) const {
-    for (int a = 0; a < g_.last(); ++a) {
-      if (!inside(row, a, tap[a])) return false;
-    }
-    return true;
-  }
-  bool inside(int64_t row, int axis, int64_t k) const {
-    const uint64_t reach = static_cast<uint64_t>(position(coords_, row, axis, g_)) +
-                           static_cast<uint64_t>(k * g_.dilation[axis]);
-    return reach < static_cast<uint64_t>(g_.shape[axis]);
-  }
-  bool inside_last(int64_t i, int64_t k) const {
-    if (out_.wide) return inside(out_.row[i], g_.last(), k);
-    return (out_.inside[i] >> (out_.first_bit[g_.last()] + k) & 1) != 0;
-  }
-
-  const Geometry& g_;
-  const Sorted& in_;
-  const Outputs& out_;
-  const T* coords_;
-  int64_t count_;
-  bool mirrored_;
-  int64_t line_, lines_;
-};
-
-// Whether offset k and offset K - 1 - k are opposite, for outputs that are the inputs.
-bool is_symmetric(const Geometry& g) {
-  for (int a = 0; a < g.dims; ++a) {
-    if (g.stride[a] != 1 || g.kernel[a] % 2 == 0) return false;
-    if (g.padding[a] != g.kernel[a] / 2 * g.dilation[a]) return false;
-  }
-  return true;
-}
-
-template <class T>
-void neighbors(const T* coords, int64_t num_inputs, const T* out_coords, int64_t num_outputs,
+void neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                const Geometry& g, int32_t* table, int64_t threads) {
-  const int64_t taps = g.taps();
-  if (num_inputs == 0 || num_outputs == 0) {
-    std::fill(table, table + taps * num_outputs, -1);
-    return;
+  const int64_t entries = g.taps() * outputs;
+  prefer_huge_pages(table, entries);
+  if (inputs == 0 || outputs == 0) {
+    std::fill(table, table + entries, -1);
+  } else if (!bitmap_neighbors(coords, inputs, out_coords, outputs, g, table, threads)) {
+    sorted_neighbors(coords, inputs, out_coords, outputs, g, table, threads);
   }
-  const Sorted in = sort_inputs(coords, num_inputs, g);
-  const bool same =
-      num_inputs == num_outputs &&
-      (coords == out_coords ||
-       std::memcmp(coords, out_coords, num_inputs * (1 + g.dims) * sizeof(T)) == 0);
-  const bool mirrored = same && in.unique && is_symmetric(g);
-  Outputs out;
-  if (same && in.unique) {
-    out.row.assign(in.row.begin(), in.row.end() - kSentinels);
-  } else {
-    out.row = visiting_order(out_coords, num_outputs, g.dims);
-  }
-  place_outputs(out_coords, num_outputs, g, &out);
-
-  const Sweep<T> sweep(g, in, out, out_coords, mirrored);
-  const int64_t line = g.kernel[g.last()], size = line * num_outputs;
-  const auto row_of_line = [&](int64_t i) { return table + i * size; };
-  const auto opposite_line = [&](int64_t i) { return table + (taps / line - 1 - i) * size; };
-  const bool in_order = std::is_sorted(out.row.begin(), out.row.end());
-  // Rows of a part: what the lines of a part read of each row, about 50 bytes, stays in L2.
-  const int64_t grain = 8192, parts = (num_outputs + grain - 1) / grain;
-  if (in_order) {
-    if (mirrored) {  // what the sweep does not write itself
-      parallel_for(taps / 2, threads, [&](int64_t, int64_t i) {
-        int32_t* to = table + (taps - 1 - i) * num_outputs;
-        std::fill(to, to + num_outputs, -1);
-      });
-    }
-    parallel_for(parts * sweep.lines(), threads, [&](int64_t, int64_t i) {
-      const int64_t first = i / sweep.lines() * grain, l = i % sweep.lines();
-      sweep.run(l, first, std::min(first + grain, num_outputs), row_of_line(l), opposite_line(l));
-    });
-    return;
-  }
-
-  // Line by line in visiting order, then to the rows' own places by reads: scattered reads of a
-  // row that is in cache overlap, scattered writes of a whole table do not (11.3 ms against 7.9).
-  std::vector<int32_t> visit(num_outputs);
-  for (int64_t i = 0; i < num_outputs; ++i) visit[out.row[i]] = static_cast<int32_t>(i);
-  if (threads > sweep.lines()) threads = sweep.lines();
-  std::vector<std::vector<int32_t>> buffers(threads);
-  for (auto& buffer : buffers) buffer.resize((mirrored ? 2 : 1) * size);
-  parallel_for(sweep.lines(), threads, [&](int64_t worker, int64_t l) {
-    int32_t* from = buffers[worker].data();
-    const bool middle = sweep.is_middle(l);
-    int32_t* opposite = mirrored && !middle ? from + size : from;
-    if (mirrored) std::fill(from, from + (middle ? 1 : 2) * size, -1);
-    for (int64_t first = 0; first < num_outputs; first += grain) {
-      sweep.run(l, first, std::min(first + grain, num_outputs), from, opposite);
-    }
-    const auto put = [&](const int32_t* rows, int32_t* to) {
-      for (int64_t k = 0; k < line; ++k, rows += num_outputs, to += num_outputs) {
-        for (int64_t i = 0; i < num_outputs; ++i) to[i] = rows[visit[i]];
-      }
-    };
-    put(from, row_of_line(l));
-    if (opposite != from) put(opposite, opposite_line(l));
-  });
 }
 
 }  // namespace

@@ -1,35 +1,17 @@
-// Output voxels of strided and transposed convolutions: candidates in rising runs, sorted, unique.
+// Output voxels of strided and transposed convolutions: the C interface, and the method for grids
+// too sparse for a bitmap, where candidates in rising runs are sorted and made unique.
 #include <cstdint>
 #include <new>
 #include <vector>
 
 #include "fquant_kernels.h"
+#include "output_coords.h"
 #include "sorted_keys.h"
 
 namespace fquant {
 namespace {
 
 constexpr int kMaxDims = 8;
-
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-
-struct Reach {
-  int dims;
-  const int64_t *kernel, *stride, *padding, *dilation, *out_shape;
-  bool transposed;
-
-  // The output position, if any, that reads input position x by offset k of one axis.
-  bool output(int axis, int64_t x, int64_t k, int64_t* o) const {
-    if (transposed) {
-      *o = x * stride[axis] - padding[axis] + k * dilation[axis];
-    } else {
-      const int64_t reach = x + padding[axis] - k * dilation[axis];
-      *o = floor_div(reach, stride[axis]);
-      if (*o * stride[axis] != reach) return false;
-    }
-    return *o >= 0 && *o < out_shape[axis];
-  }
-};
 
 // The set is a product over axes: an output is reached if every axis is. So one axis after the
 // other is replaced by its outputs, and repeated rows go before the next axis multiplies them.
@@ -76,6 +58,41 @@ std::vector<uint64_t> output_keys(const T* coords, int64_t count, const int64_t*
   return keys;
 }
 
+// The result of either method.
+struct Outputs {
+  std::vector<uint64_t> keys;
+  OutputWords by_words;
+  bool has_words;
+};
+
+template <class T>
+Outputs find_outputs(const T* coords, int64_t count, const int64_t* shape, const Reach& r) {
+  Outputs outputs;
+  outputs.has_words = bitmap_outputs(coords, count, shape, r, &outputs.by_words);
+  if (!outputs.has_words) outputs.keys = output_keys(coords, count, shape, r);
+  return outputs;
+}
+
+template <class T>
+void write_words(const OutputWords& from, int dims, T* out) {
+  T row[1 + kMaxDims];
+  int64_t line = -1;
+  for (const auto& word : from.words) {
+    if (word.line != line) {
+      int64_t rest = line = word.line;
+      for (int a = dims - 1; a >= 0; --a) {
+        row[a] = static_cast<T>(from.low[a] + rest % from.size[a]);
+        rest /= from.size[a];
+      }
+    }
+    const int64_t first = from.low[dims] + word.first;
+    for (uint64_t bits = word.bits; bits != 0; bits &= bits - 1, out += 1 + dims) {
+      for (int a = 0; a < dims; ++a) out[a] = row[a];
+      out[dims] = static_cast<T>(first + __builtin_ctzll(bits));
+    }
+  }
+}
+
 template <class T>
 void write_coords(const std::vector<uint64_t>& keys, const int64_t* shape, int dims, T* out) {
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -86,6 +103,17 @@ void write_coords(const std::vector<uint64_t>& keys, const int64_t* shape, int d
       key /= static_cast<uint64_t>(shape[a]);
     }
     row[0] = static_cast<T>(key);
+  }
+}
+
+template <class T>
+void write_outputs(const Outputs& outputs, const int64_t* shape, int dims, T* out) {
+  if (!outputs.has_words) {
+    write_coords(outputs.keys, shape, dims, out);
+  } else if (dims == 3) {  // unrolled
+    write_words(outputs.by_words, 3, out);
+  } else {
+    write_words(outputs.by_words, dims, out);
   }
 }
 
@@ -102,23 +130,24 @@ void* fquant_output_keys(int is_int64, const void* coords, int64_t count, int di
                          const int64_t* out_shape, int transposed, int64_t* num_outputs) try {
   if (dims < 1 || dims > kMaxDims) return nullptr;
   const Reach r{dims, kernel, stride, padding, dilation, out_shape, transposed != 0};
-  auto* keys = new std::vector<uint64_t>(
-      is_int64 != 0 ? output_keys(static_cast<const int64_t*>(coords), count, shape, r)
-                    : output_keys(static_cast<const int32_t*>(coords), count, shape, r));
-  *num_outputs = static_cast<int64_t>(keys->size());
-  return keys;
+  auto* outputs = new Outputs(
+      is_int64 != 0 ? find_outputs(static_cast<const int64_t*>(coords), count, shape, r)
+                    : find_outputs(static_cast<const int32_t*>(coords), count, shape, r));
+  *num_outputs = outputs->has_words ? outputs->by_words.count
+                                    : static_cast<int64_t>(outputs->keys.size());
+  return outputs;
 } catch (const std::bad_alloc&) {
   return nullptr;
 }
 
 void fquant_take_coords(void* keys, int is_int64, int dims, const int64_t* out_shape, void* out) {
-  auto* list = static_cast<std::vector<uint64_t>*>(keys);
+  auto* list = static_cast<Outputs*>(keys);
   if (out == nullptr) {
     // nothing to write: the caller only frees
   } else if (is_int64 != 0) {
-    write_coords(*list, out_shape, dims, static_cast<int64_t*>(out));
+    write_outputs(*list, out_shape, dims, static_cast<int64_t*>(out));
   } else {
-    write_coords(*list, out_shape, dims, static_cast<int32_t*>(out));
+    write_outputs(*list, out_shape, dims, static_cast<int32_t*>(out));
   }
   delete list;
 }
