@@ -116,9 +116,10 @@ def refreshed(plan: Plan, qstate: State, stats: State) -> dict[str, Tensor]:
 def fold_batch_norm(
     model: nn.Module, params: Mapping[str, Tensor], pairs: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    r"""Returns params in which batch norms are part of the convolutions before them.
+    """Returns params in which batch norms are part of the convolutions before them.
 
-        weight' = weight * gamma / sqrt(var + eps),    bias' = beta + (bias - mean) * gamma / sqrt(var + eps)
+        factor = gamma / sqrt(var + eps)
+        weight' = weight * factor,    bias' = beta + (bias - mean) * factor
 
     The batch norms become identities (mean 0, variance 1 - eps, gamma 1, beta bias'), so the same model
     runs with the folded tensors; the convolution's own bias, if any, becomes 0. gamma = 0 gives a zero

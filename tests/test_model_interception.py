@@ -120,7 +120,7 @@ def test_submodule_forward_other_methods_and_containers():
 def test_instance_forwards_are_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].forward = lambda x: x
-    with pytest.raises(ValueError, match="'0' must not have a forward set on the instance"):
+    with pytest.raises(ValueError, match=r"'0' must not have a forward set on the instance"):
         fq.make_plan(model, fq.w8a8(), (torch.ones(1, 2),))
 
 
@@ -236,7 +236,7 @@ def test_user_ops_marks_and_replaced_blocks():
         fq.OpRule(ops=("site",), output=INT8),
         *fq.w8a8(),
     ]
-    with pytest.warns(fq.UnusedRuleWarning, match="'add'"):
+    with pytest.warns(fq.UnusedRuleWarning, match=r"'add'"):
         plan = fq.make_plan(model, rules, (x,))
     assert list(plan.quantizers) == ["composite#0.input", "composite#0.weight", "res#0.output"]
     assert plan.quantizers["composite#0.weight"].spec.axis == 0
@@ -256,16 +256,16 @@ def test_control_flow_is_planned_on_real_values():
 
     model = Net(branches, a=nn.Linear(2, 2), b=nn.Linear(2, 2))
     x = torch.ones(1, 2)
-    with pytest.raises(ValueError, match="must not read values of tensors"):
+    with pytest.raises(ValueError, match=r"must not read values of tensors"):
         fq.make_plan(model, fq.w8a8(), (x,))
     plan = fq.make_plan(model, fq.w8a8(), (x,), fake=False)
     other = fq.make_plan(model, fq.w8a8(), (-x,), fake=False)
     params = dict(model.named_parameters())
-    with pytest.raises(ValueError, match="site 'b/linear#0': must be in the plan"):
+    with pytest.raises(ValueError, match=r"site 'b/linear#0': must be in the plan"):
         fq.calibrate_model(model, plan, params, [-x], progress=False)
     both = plan.merge(other)
     stats = fq.calibrate_model(model, both, params, [x], progress=False)
-    with pytest.raises(ValueError, match="'b/linear#0.input'.*at least one"):
+    with pytest.raises(ValueError, match=r"'b/linear#0.input'.*at least one"):
         fq.finalize(both, stats)
     stats = fq.calibrate_model(model, both, params, [-x], stats, progress=False)
     y = fq.fake_quant(model, both)(params, fq.finalize(both, stats), -x)
@@ -294,7 +294,7 @@ def test_distinct_and_unknown_names_are_told():
     _, _, plan, forward, params, qstate = run(model, x)
     with pytest.raises(ValueError, match=r"params must have every parameter, lacks 'bias'"):
         forward({"weight": params["weight"]}, qstate, x)
-    with pytest.raises(ValueError, match="params must name tensors of the model, got 'other'"):
+    with pytest.raises(ValueError, match=r"params must name tensors of the model, got 'other'"):
         forward({**params, "other": x}, qstate, x)
     with pytest.raises(ValueError, match=r"qstate must have every .*, lacks 'linear#0.input'"):
         forward(params, {}, x)
@@ -306,9 +306,9 @@ def test_distinct_and_unknown_names_are_told():
         fq.observe(model, plan)(params, {}, x)
     with pytest.raises(ValueError, match=r"rules must name operations of ops, .*got \['conv9d'\]"):
         fq.make_plan(model, [fq.OpRule(ops=("conv9d",))], (x,))
-    with pytest.raises(ValueError, match="path must be a regular expression"):
+    with pytest.raises(ValueError, match=r"path must be a regular expression"):
         fq.OpRule("(")
-    with pytest.raises(ValueError, match="site 'add#0': .*must not write to out="):
+    with pytest.raises(ValueError, match=r"site 'add#0': .*must not write to out="):
         run(
             Net(lambda m, x: torch.add(x, x, out=torch.empty(1, 2))),
             x,

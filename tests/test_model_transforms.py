@@ -1,6 +1,8 @@
 """Whole models under every transform: the zoo of `fquant.testing.models` through the matrix."""
 
 import copy
+import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -153,8 +155,13 @@ def test_no_recompilation_when_only_values_change(name):
     model, plan, params, qstate, inputs = prepared(name)
     forward = fq.fake_quant(model, plan)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
     for factor in (1.0, 1.1, 0.7):
         new_params = {n: p * factor for n, p in params.items()}
         new_scales = {n: s * factor for n, s in qstate.items()}
@@ -165,21 +172,19 @@ def test_no_recompilation_when_only_values_change(name):
             rtol=0,
             atol=ATOL,
         )
-    assert counter.frame_count == 1
+    assert len(graphs) == 1
 
 
 class Names(fq.transforms._FakeQuantize):
     """Writes down the sites that fake quantization meets."""
 
-    met: list[str] = []
+    met: ClassVar[list[str]] = []
 
     def operand(self, name, action, x):
         Names.met.append(name)
         return super().operand(name, action, x)
 
 
-# Strict export tells of the interpreter's own bookkeeping, which is back as it was when it tells.
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_sites_are_the_same_in_eager_compile_and_export(name, monkeypatch):
     model, plan, params, qstate, inputs = prepared(name)
@@ -203,5 +208,10 @@ def test_sites_are_the_same_in_eager_compile_and_export(name, monkeypatch):
         lambda: torch.compile(forward, fullgraph=True, backend="eager")(params, qstate, *inputs)
     )
     exported = met(lambda: torch.export.export(Exported(), inputs, strict=False))
-    strict = met(lambda: torch.export.export(Exported(), inputs, strict=True))
-    assert eager == compiled == exported == strict
+    assert eager == compiled == exported
+    with warnings.catch_warnings():  # of bookkeeping that is back as it was at the end
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
+        strict = torch.export.export(Exported(), inputs, strict=True)
+    # Strict export undoes what Python code writes down; each site rounds once.
+    rounded = [n for n in strict.graph.nodes if n.target is torch.ops.aten.round.default]
+    assert len(rounded) == len(eager)

@@ -45,11 +45,10 @@ def multi_head_attention(
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     if mask is not None:
         mask = F.pad(mask, (0, k.shape[1] - mask.shape[-1]))
-    heads = [
-        t.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for t in (q, k, v)
-    ]
+    heads = (module.num_heads, module.head_dim)
+    q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))
     dropout = module.dropout if module.training else 0.0
-    y, weights = _attend(*heads, mask, dropout, need_weights)
+    y, weights = _attend(q, k, v, mask, dropout, need_weights)
     y = y.transpose(1, 2).flatten(2)
     y = F.linear(y, module.out_proj.weight, module.out_proj.bias)
     if weights is not None and average_attn_weights:

@@ -122,6 +122,7 @@ def _matrix_product(name: str, first: str, second: str, start: int = 0, **option
 
 
 def _table() -> dict[Any, Op]:
+    home: Any
     table: dict[Any, Op] = {F.linear: _layer("linear", -1)}
     for axes in (1, 2, 3):
         table[getattr(torch, f"conv{axes}d")] = _layer(f"conv{axes}d", -axes - 1)

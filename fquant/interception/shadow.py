@@ -99,7 +99,7 @@ class _Copier:
         method = self.methods.get(id(module), "forward")
         if method == "forward":
             for base in cls.__mro__:
-                if base in self.forwards and cls.forward is base.forward:
+                if base in self.forwards and cls.forward is vars(base).get("forward"):
                     return self.forwards[base]
         return getattr(cls, method)
 
