@@ -24,6 +24,7 @@ from fquant.checks import (
 )
 from fquant.formats import Format
 from fquant.granularity import groups, spread
+from fquant.packing import PackedTensor, unpack
 from fquant.records import QTensor, lifts_to_features
 from fquant.rounding import uniform_noise
 from fquant.scale_rules import SCALE_BITS, step_of
@@ -221,8 +222,8 @@ def quantize(
 
 
 @lifts_to_features
-def dequantize(x: QTensor) -> Tensor:
-    """Returns the real values of a QTensor, `(q - zero_point) * scale`, in its dtype.
+def dequantize(x: QTensor | PackedTensor) -> Tensor:
+    """Returns the real values of a QTensor or PackedTensor, `(q - zero_point) * scale`, in its dtype.
 
     `decode(q) * scale` for a grid with codes.
 
@@ -230,6 +231,8 @@ def dequantize(x: QTensor) -> Tensor:
         >>> dequantize(quantize(torch.tensor([0.3, -0.2]), scale=0.125))
         tensor([ 0.2500, -0.2500])
     """
+    if isinstance(x, PackedTensor):
+        x = unpack(x)
     if not isinstance(x, QTensor):
         raise TypeError(f"dequantize: x must be a QTensor, got {type(x).__name__}.")
     levels = x.spec.decode(x.q, x.scale.dtype)

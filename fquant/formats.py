@@ -78,7 +78,8 @@ class FloatFormat:
 
     A code with exponent field E and mantissa field M stands for `2^(E - bias) (1 + M / 2^man)`, or,
     for E = 0, `2^(1 - bias) M / 2^man` (subnormals). Rounding is to the nearest value and saturates:
-    nothing overflows to infinity. Values beyond the largest become the largest.
+    nothing overflows to infinity. Values beyond the largest become the largest. Half to even means an
+    even mantissa; without mantissa bits, half way between powers of two goes up.
 
     Attributes:
         exp: exponent bits, 1 to 8.
@@ -277,3 +278,7 @@ BF16 = FloatFormat(8, 7)
 QPYTORCH_E4M3 = FloatFormat(4, 3, finite="all", rounding="half_away")
 QPYTORCH_E5M2 = FloatFormat(5, 2, finite="all", rounding="half_away")
 QPYTORCH_FP16 = FloatFormat(5, 10, finite="all", rounding="half_away")
+
+# Microscaling formats (OCP MX v1.0) and NVFP4: blocks along the last axis. `dataclasses.replace` gives
+# other axes; a kept axis before the last one needs `axis=(0, 1), block=(1, 32)` and so on.
+NVFP4 = FloatFormat(2, 1, finite="all", axis=-1, block=16, scale_rule="two_level")

@@ -64,12 +64,17 @@ def fake_quantize_lsq(
         gradient_scale = 1 / math.sqrt(per_scale * spec.q_max)
     wide = x.to(dtype)
     fixed, still = spread(step.detach(), x.shape), spread(shift.detach(), x.shape)
-    levels = spec.snap((wide.detach() - still) / fixed)
-    learned = spread(_with_gradient_scaled(step, gradient_scale), x.shape)
-    moved = spread(_with_gradient_scaled(shift, gradient_scale), x.shape)
-    v = ((wide - moved) / learned).clamp(spec.q_min, spec.q_max)
-    rounded = straight_through(levels, v)
-    return straight_through(levels * fixed + still, rounded * learned + moved).to(x.dtype)
+    v = (wide.detach() - still) / fixed
+    levels = spec.snap(v)
+    inside = (v >= spec.q_min) & (v <= spec.q_max)
+    # The first derivatives of the docstring, exactly; the second ones are zero.
+    slope = torch.where(inside, levels - v, levels)
+    surrogate = (
+        torch.where(inside, wide, torch.zeros_like(wide))
+        + slope * spread(_difference(step * gradient_scale), x.shape)
+        + (~inside).to(dtype) * spread(_difference(shift * gradient_scale), x.shape)
+    )
+    return straight_through(levels * fixed + still, surrogate).to(x.dtype)
 
 
 def lsq_scale(x: Tensor, spec: QuantSpec = INT8) -> Tensor:
@@ -168,7 +173,6 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor | float, num_bits: int = 8) -> T
     return straight_through(grid, clipped).to(x.dtype)
 
 
-def _with_gradient_scaled(x: Tensor, factor: float) -> Tensor:
-    """x, whose derivative is multiplied by factor."""
-    scaled = x * factor
-    return x.detach() + (scaled - scaled.detach())
+def _difference(x: Tensor) -> Tensor:
+    """Zero, with the derivative of x."""
+    return x - x.detach()

@@ -72,7 +72,7 @@ def unpack(x: PackedTensor) -> QTensor:
     shifts = torch.arange(per_byte, dtype=torch.int32, device=x.packed.device) * width
     codes = (x.packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**width - 1)
     codes = codes.flatten(-2)[..., : x.length]
-    if x.spec.dtype == torch.int8:  # two's complement
+    if x.spec.dtype == torch.int8 and x.spec.q_min < 0:  # two's complement
         codes = torch.where(codes >= 2 ** (width - 1), codes - 2**width, codes)
     return QTensor(codes.to(x.spec.dtype), x.scale, x.zero_point, x.spec, x.dtype)
 

@@ -22,6 +22,11 @@ PAST = AVERAGE.update(AVERAGE.init(), X)
 Q = fq.quantize(X, 0.1)
 Q_CELLS, Q_WEIGHT = fq.quantize(CELLS, 0.1), fq.quantize_params(PARAMS, SPECS)["w"]
 STEP = torch.tensor(0.1)
+STOCHASTIC = fq.QuantSpec(rounding="stochastic")
+NOISE = torch.rand(X.shape, generator=GENERATOR)
+MIN_MAX, FIXED = fq.MinMaxObserver(0), fq.FixedWidthHistogramObserver()
+HISTOGRAM = fq.HistogramObserver(0, 256)
+SEEN = HISTOGRAM.update(HISTOGRAM.init(), X / 8)
 
 CALLS = {
     "tensor_quant": lambda x: fq.tensor_quant(x, 2.0),
@@ -33,10 +38,41 @@ CALLS = {
     "quantize": lambda x: fq.quantize(x, 0.1),
     "fake_quantize": lambda x: fq.fake_quantize(x, 0.1, 3),
     "straight_through": lambda x: fq.straight_through(x.round(), x),
+    "scaled_e4m3": lambda x: fq.scaled_e4m3(x, 2.0),
+    "fake_quantize_e4m3": lambda x: fq.fake_quantize(x, 0.1, spec=fq.E4M3),
+    "fake_quantize_nf4": lambda x: fq.fake_quantize(x, 0.1, spec=fq.NF4),
+    "fake_quantize_both": lambda x: fq.fake_quantize_both(x, 0.1),
+    "fake_quantize_lsq": lambda x: fq.fake_quantize_lsq(x, 0.1, 0.2),
+    "fake_quantize_pact": lambda x: fq.fake_quantize_pact(x, 2.0),
+    "learned_clip": lambda x: fq.learned_clip(x, -1.0, 1.0),
+    "lsq_scale": fq.lsq_scale,
+    "lsq_plus_scale": fq.lsq_plus_scale,
+    "round_to_integer": lambda x: fq.round_to_integer(x, "half_away"),
+    "two_level_scales": lambda x: fq.two_level_scales(x.abs()),
+    "stochastic": lambda x: fq.fake_quantize(x, 0.1, spec=STOCHASTIC, noise=NOISE),
+    "MinMaxObserver": lambda x: MIN_MAX.update(MIN_MAX.init(), x),
+    "HistogramObserver": lambda x: HISTOGRAM.update(SEEN, x),
+    "FixedWidthHistogramObserver": lambda x: FIXED.update(FIXED.update(FIXED.init(), X), x),
     "MaxObserver": lambda x: OBSERVER.update(STATE, x),
     "MovingAverageObserver": lambda x: AVERAGE.update(PAST, x),
 }
 TREE_CALLS = {
+    "pack": (lambda q: fq.unpack(fq.pack(q)), fq.quantize(X, 0.1, spec=fq.QuantSpec(4))),
+    "HistogramObserver.merge": (lambda s: HISTOGRAM.merge(s, s), SEEN),
+    "read-outs": (
+        lambda s: [
+            function(HISTOGRAM.histogram(s))
+            for function in (
+                fq.percentile_amax,
+                fq.entropy_amax,
+                fq.mse_amax,
+                fq.sqnr_amax,
+                fq.octav_amax,
+                fq.aciq_amax,
+            )
+        ],
+        SEEN,
+    ),
     "dequantize": (fq.dequantize, Q),
     "split_floating": (
         lambda tree: fq.split_floating(tree)[1]([t * 2 for t in fq.split_floating(tree)[0]]),

@@ -14,10 +14,14 @@ WEIGHT = fq.quantize(
     torch.tensor([[0.5, -1.0], [2.0, 0.1]]), torch.tensor([[0.25], [0.5]]), None, SPEC
 )
 SHIFTED = fq.quantize(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), 0.5, 3)
+FLOAT = fq.FloatFormat(4, 3, finite="fn", axis=(0, 1), block=(1, 2), scale_rule="power_of_two")
 CELLS = SparseTensor.from_dense(torch.tensor([[[0.0, 1.0, 2.0, 0.0, 3.0]]]))
 RECORDS = {
     "QTensor": WEIGHT,
     "QTensor with a zero point": SHIFTED,
+    "QTensor of codes": fq.quantize(torch.ones(2, 4), torch.ones(2, 2), spec=FLOAT),
+    "QTensor of a codebook": fq.quantize(torch.ones(2), 1.0, spec=fq.NF4),
+    "PackedTensor": fq.pack(fq.quantize(torch.ones(2, 3), 1.0, 1, fq.QuantSpec(4))),
     "SparseTensor": CELLS,
     "quantized SparseTensor": fq.quantize(CELLS, 0.1),
     "KernelMap": conv_map(CELLS, 2, 2),

@@ -1,0 +1,450 @@
+"""Floating-point grids and codebooks: every code, every tie, and three independent libraries."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fquant as fq
+from fquant.testing import strategies
+
+NAN, INF = float("nan"), float("inf")
+PRESETS = {
+    "E4M3": fq.E4M3,
+    "E5M2": fq.E5M2,
+    "E4M3FNUZ": fq.E4M3FNUZ,
+    "E5M2FNUZ": fq.E5M2FNUZ,
+    "E2M3": fq.E2M3,
+    "E3M2": fq.E3M2,
+    "E2M1": fq.E2M1,
+    "QPYTORCH_E4M3": fq.QPYTORCH_E4M3,
+    "E1M2": fq.FloatFormat(1, 2, finite="all"),
+    "E3M0": fq.FloatFormat(3, 0, finite="all"),
+    "E3M4": fq.FloatFormat(3, 4),
+    "E4M3IEEE": fq.FloatFormat(4, 3),
+    "E4M3B11FNUZ": fq.FloatFormat(4, 3, bias=11, finite="fnuz"),
+    "no subnormals": fq.FloatFormat(3, 2, finite="all", subnormals=False),
+    "max 240": fq.FloatFormat(4, 3, finite="fn", max=240.0),
+    "NF4": fq.NF4,
+}
+by_name = pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS.keys())
+
+
+def value_of(code, spec):
+    """The value of a code by the sentence in FloatFormat's docstring, exactly."""
+    field, mantissa = code >> spec.man & 2**spec.exp - 1, code & 2**spec.man - 1
+    sign = -1 if code >> spec.exp + spec.man else 1
+    top = field == 2**spec.exp - 1
+    if spec.finite == "ieee" and top:
+        return NAN if mantissa else sign * INF
+    if spec.finite == "fn" and top and mantissa == 2**spec.man - 1:
+        return NAN
+    if spec.finite == "fnuz" and code == 2 ** (spec.exp + spec.man):
+        return NAN
+    if field == 0:
+        power = Fraction(2) ** (1 - spec.exponent_bias)
+        return float(sign * power * Fraction(mantissa if spec.subnormals else 0, 2**spec.man))
+    power = Fraction(2) ** (field - spec.exponent_bias)
+    return float(sign * power * (1 + Fraction(mantissa, 2**spec.man)))
+
+
+def all_values(spec):
+    codes = torch.arange(2**spec.num_bits)
+    values = spec.decode(codes, torch.float64)
+    return codes, values
+
+
+@by_name
+def test_every_code(spec):
+    codes, values = all_values(spec)
+    if isinstance(spec, fq.FloatFormat):
+        expected = torch.tensor([value_of(int(c), spec) for c in codes], dtype=torch.float64)
+        assert torch.equal(values.nan_to_num(7.5e9), expected.nan_to_num(7.5e9))
+        grid = values[values.isfinite() & (values.abs() <= spec.q_max)]
+        assert grid.max() == spec.q_max == -spec.q_min
+        redundant = not spec.subnormals and spec.man > 0
+    else:
+        grid, redundant = values, False
+    assert torch.equal(spec.snap(grid), grid)
+    again = spec.encode(grid)
+    assert again.dtype == spec.dtype
+    assert torch.equal(spec.decode(again, torch.float64), grid)
+    if not redundant and getattr(spec, "max", None) is None:
+        assert torch.equal(again.long(), codes[values.isfinite()])  # -0 included
+    assert torch.equal(spec.levels(), grid[grid >= 0].abs().unique())
+
+
+def nearest(x, grid, ties):
+    """The nearest of an ascending list, by brute force in exact arithmetic."""
+    exact = Fraction(x)
+    distances = [abs(Fraction(g) - exact) for g in grid]
+    best = min(distances)
+    return ties([g for g, d in zip(grid, distances, strict=True) if d == best])
+
+
+def even_code(spec):
+    """Of values equally near, the one whose code is even; the smaller one if both are."""
+
+    def choose(candidates):
+        by_size = sorted(candidates, key=abs)
+        codes = spec.encode(torch.tensor(by_size, dtype=torch.float64)).tolist()
+        return next((v for v, c in zip(by_size, codes, strict=True) if c % 2 == 0), by_size[0])
+
+    return choose
+
+
+def away(candidates):
+    return max(candidates, key=abs)
+
+
+def up_from_powers(candidates):
+    return away(candidates) if 0 not in candidates else 0.0
+
+
+def points_between(values):
+    """Grid points, the points half way, and their neighbours in float32."""
+    middles = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, middles, values * 1.5]).float()
+    up, down = (torch.nextafter(x, torch.tensor(e)) for e in (INF, -INF))
+    return torch.cat([x, up, down])
+
+
+@by_name
+def test_rounding_by_brute_force(spec):
+    values = all_values(spec)[1]
+    grid = values[values.isfinite() & (values <= spec.q_max) & (values >= spec.q_min)].unique()
+    ties = {"half_even": even_code(spec), "half_away": away, "nearest": min}[spec.rounding]
+    if spec == PRESETS["E3M0"]:
+        ties = up_from_powers
+    if not getattr(spec, "subnormals", True):
+        grid = grid[(grid == 0) | (grid.abs() >= 2.0**spec.lowest_exponent)]
+    x = points_between(grid)
+    expected = [nearest(v, grid.tolist(), ties) for v in x.tolist()]
+    assert spec.snap(x).tolist() == expected
+
+
+DIRECTED = {
+    "floor": lambda x, grid: max((g for g in grid if g <= x), default=grid[0]),
+    "ceil": lambda x, grid: min((g for g in grid if g >= x), default=grid[-1]),
+    "toward_zero": lambda x, grid: math.copysign(
+        max(g for g in grid if 0 <= g <= max(abs(x), 0)), x
+    ),
+}
+
+
+@pytest.mark.parametrize("rounding", DIRECTED)
+@pytest.mark.parametrize("preset", ["E2M1", "E3M2", "E4M3"])
+def test_directed_rounding_by_brute_force(preset, rounding):
+    base = PRESETS[preset]
+    spec = fq.FloatFormat(base.exp, base.man, finite=base.finite, rounding=rounding)
+    grid = all_values(spec)[1]
+    grid = grid[grid.isfinite()].unique()
+    x = points_between(grid)
+    assert spec.snap(x).tolist() == [DIRECTED[rounding](v, grid.tolist()) for v in x.tolist()]
+
+
+@pytest.mark.parametrize("rounding", ["half_even", "half_away", "floor", "ceil", "toward_zero"])
+def test_integers_round_by_the_same_modes(rounding):
+    spec = fq.QuantSpec(3, rounding=rounding)
+    x = torch.arange(-40, 40) / 8
+    grid = list(range(-4, 4))
+    by_name = {**DIRECTED, "half_away": lambda v, g: nearest(v, g, away)}
+    by_name["half_even"] = lambda v, g: nearest(
+        v, g, lambda c: next((k for k in c if k % 2 == 0), c[0])
+    )
+    expected = [by_name[rounding](v, grid) for v in x.tolist()]
+    if rounding == "toward_zero":
+        expected = [max(min(math.trunc(v), 3), -4) for v in x.tolist()]
+    assert fq.quantize(x, 1.0, spec=spec).q.tolist() == expected
+
+
+def test_half_away_is_exact_next_to_a_tie():
+    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
+    assert fq.round_to_integer(below, "half_away").item() == 0
+    big = torch.tensor(2.0**23 + 1)  # adding 0.5 here would round
+    assert fq.round_to_integer(big, "half_away") == big
+
+
+TORCH_DTYPES = {
+    "E4M3": torch.float8_e4m3fn,
+    "E5M2": torch.float8_e5m2,
+    "E4M3FNUZ": torch.float8_e4m3fnuz,
+    "E5M2FNUZ": torch.float8_e5m2fnuz,
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+ML_DTYPES = {
+    "E4M3": "float8_e4m3fn",
+    "E5M2": "float8_e5m2",
+    "E4M3FNUZ": "float8_e4m3fnuz",
+    "E5M2FNUZ": "float8_e5m2fnuz",
+    "E2M3": "float6_e2m3fn",
+    "E3M2": "float6_e3m2fn",
+    "E2M1": "float4_e2m1fn",
+    "E3M4": "float8_e3m4",
+    "E4M3IEEE": "float8_e4m3",
+    "E4M3B11FNUZ": "float8_e4m3b11fnuz",
+}
+WIDE = {**PRESETS, "FP16": fq.FP16, "BF16": fq.BF16}
+
+
+def cast_cases(spec):
+    x = points_between(spec.levels().unique())
+    x = torch.cat([x, -x])
+    return x[x.abs() <= spec.q_max]  # beyond, casts overflow where fquant saturates
+
+
+@pytest.mark.parametrize(("name", "dtype"), TORCH_DTYPES.items())
+def test_against_torch_casts(name, dtype):
+    spec = WIDE[name]
+    x = cast_cases(spec)
+    assert torch.equal(spec.snap(x), x.to(dtype).float())
+    if spec.num_bits == 8:
+        assert torch.equal(spec.encode(spec.snap(x)), x.to(dtype).view(torch.uint8))
+        codes = torch.arange(256, dtype=torch.uint8)
+        theirs = codes.view(dtype).float()
+        assert torch.equal(
+            spec.decode(codes, torch.float32).nan_to_num(9e9), theirs.nan_to_num(9e9)
+        )
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("name", "dtype"), ML_DTYPES.items())
+def test_against_ml_dtypes(name, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    spec = WIDE[name]
+    x = cast_cases(spec)
+    theirs = x.numpy().astype(getattr(ml_dtypes, dtype))
+    assert np.array_equal(spec.snap(x).numpy(), theirs.astype(np.float32))
+    assert np.array_equal(spec.encode(spec.snap(x)).numpy(), theirs.view(np.uint8))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("spec", "onnx_type"),
+    [
+        (fq.E4M3, "FLOAT8E4M3FN"),
+        (fq.E5M2, "FLOAT8E5M2"),
+        (fq.E4M3FNUZ, "FLOAT8E4M3FNUZ"),
+        (fq.QuantSpec(8), "INT8"),
+        (fq.QuantSpec(8, unsigned=True), "UINT8"),
+        (fq.QuantSpec(4), "INT4"),
+        (fq.QuantSpec(4, unsigned=True), "UINT4"),
+        (fq.QuantSpec(16), "INT16"),
+    ],
+)
+def test_against_onnx_runtime(spec, onnx_type):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    helper, proto = onnx.helper, onnx.TensorProto
+    scale = np.float32(0.37)
+    x = np.concatenate([np.arange(-2000, 2000) / 8, np.random.default_rng(0).normal(0, 30, 4000)])
+    x = (x.astype(np.float32) * scale).astype(np.float32)
+    kind = getattr(proto, onnx_type)
+    initializers = [
+        helper.make_tensor("s", proto.FLOAT, [], [scale]),
+        helper.make_tensor("z", kind, [], [0]),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    sides = [helper.make_tensor_value_info(n, proto.FLOAT, [None]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "qdq", sides[:1], sides[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    theirs = session.run(None, {"x": x})[0]
+    ours = fq.fake_quantize(torch.from_numpy(x), float(scale), spec=spec)
+    assert np.array_equal(ours.numpy(), theirs)
+
+
+@given(strategies.float_tensors(), st.sampled_from(sorted(PRESETS)), st.floats(0.01, 100.0))
+def test_fake_is_dequantize_of_quantize_bit_for_bit(x, name, scale):
+    spec = PRESETS[name]
+    record = fq.quantize(x, scale, spec=spec)
+    fake = fq.fake_quantize(x, scale, spec=spec)
+    assert record.q.dtype == spec.dtype
+    assert fake.dtype == x.dtype
+    assert torch.equal(fake, fq.dequantize(record))
+    assert torch.equal(
+        fq.fake_quantize(x.double(), scale, spec=spec).float().isfinite(), x.isfinite()
+    )
+
+
+def test_special_values():
+    x = torch.tensor([NAN, INF, -INF, 1e30, 0.0])
+    assert fq.fake_quantize(x, 1.0, spec=fq.E4M3)[1:].tolist() == [448, -448, 448, 0]
+    for spec in (fq.E4M3, fq.E5M2, fq.E4M3FNUZ, fq.BF16):
+        assert bool(fq.fake_quantize(x, 1.0, spec=spec)[0].isnan())
+        assert bool(fq.dequantize(fq.quantize(x, 1.0, spec=spec))[0].isnan())
+    for spec in (fq.E2M1, fq.NF4):  # no code to say NaN with
+        assert bool(fq.fake_quantize(x, 1.0, spec=spec)[0].isnan())
+        assert fq.dequantize(fq.quantize(x, 1.0, spec=spec))[0].item() == 0
+    tiny = torch.tensor([1e-40, -1e-45])
+    assert fq.fake_quantize(tiny, 1.0, spec=fq.BF16).tolist() == tiny.bfloat16().float().tolist()
+
+
+# quantization.md 5.6.
+@pytest.mark.parametrize(
+    ("spec", "largest", "smallest_normal"),
+    [
+        (fq.E4M3, 448, 2**-6),
+        (fq.E5M2, 57344, 2**-14),
+        (fq.E3M2, 28, 2**-2),
+        (fq.E2M3, 7.5, 1),
+        (fq.E2M1, 6, 1),
+        (fq.FP16, 65504, 2**-14),
+        (fq.BF16, 2**127 * (1 + 127 / 128), 2**-126),
+        (fq.QPYTORCH_E4M3, 480, 2**-6),
+        (fq.QPYTORCH_E5M2, 114688, 2**-14),
+        (fq.QPYTORCH_FP16, 131008, 2**-14),
+    ],
+)
+def test_ranges_of_the_presets(spec, largest, smallest_normal):
+    assert spec.q_max == largest
+    assert 2.0**spec.lowest_exponent == smallest_normal
+
+
+def test_qpytorch_rounds_half_away():
+    assert fq.QPYTORCH_E4M3.snap(torch.tensor([2.0**-10, 2.0**-11])).tolist() == [2.0**-9, 0]
+
+
+def test_nf4_is_made_of_normal_quantiles():
+    offset = 0.9677083  # arXiv 2305.14314, the code that accompanies it
+    halves = [torch.linspace(offset, 0.5, n + 1, dtype=torch.float64)[:-1] for n in (8, 7)]
+    upper, low = torch.special.ndtri(halves[0]), -torch.special.ndtri(halves[1])
+    values = torch.cat([upper, low, torch.zeros(1)]).sort().values
+    assert (values / values.abs().max() - torch.tensor(fq.NF4.values)).abs().max() < 2e-7
+    assert fq.NF4.levels().tolist()[:2] == [0, 0.07958029955625534]
+
+
+@pytest.mark.parametrize(("exp", "man"), [(4, 3), (5, 2), (2, 1), (3, 4), (1, 2)])
+def test_flexible_bias_floats_of_int_fp_qsim(exp, man):
+    """The bias that puts the largest value at maxval is a real scale: arXiv 2208.09225, section 3."""
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
+    maxval = 2.7
+    bias = 2**exp - math.log2(maxval) + math.log2(2 - 2.0**-man) - 1
+    clipped = x.clamp(-maxval, maxval)
+    step = 2 ** ((clipped.abs().log2() + bias).floor().clamp(min=1) - man - bias)
+    expected = (clipped / step).round() * step
+    spec = fq.FloatFormat(exp, man, bias=0, finite="all")
+    scale = fq.compute_scale(torch.tensor(maxval, dtype=torch.float64), spec)
+    fake = fq.fake_quantize(x, scale, spec=spec)
+    assert (fake - expected).abs().max() < 1e-14  # log2 and powers are rounded
+    gradient = torch.func.grad(lambda x: fq.fake_quantize(x, scale, spec=spec).sum())(x)
+    assert torch.equal(gradient, (x.abs() <= spec.q_max * scale).double())
+
+
+# quantization.md 5.1, pytorch-quantization's TestScaledE4M3.
+E4M3_ROWS = [
+    [-2, -1.75, -1.625, -1.375, -1.25],
+    [-1, -0.8125, -0.625, -0.4062, -0.2031],
+    [0, 0.2031, 0.4062, 0.625, 0.8125],
+    [1, 1.25, 1.375, 1.625, 1.75],
+]
+E4M3_SCALED_ROWS = [
+    [-2, -1.8571, -1.5714, -1.4286, -1.1429],
+    [-1, -0.7857, -0.5714, -0.3929, -0.1964],
+    [0, 0.1964, 0.3929, 0.5714, 0.7857],
+    [1, 1.1429, 1.4286, 1.5714, 1.8571],
+]
+
+
+def test_scaled_e4m3_of_pytorch_quantization():
+    x = (torch.arange(20).float() * 0.2 - 2).view(4, 5)
+    for amax, rows in ((None, E4M3_ROWS), (2.0, E4M3_SCALED_ROWS)):
+        assert (fq.scaled_e4m3(x, amax) - torch.tensor(rows)).abs().max() < 1e-4
+    assert fq.scaled_e4m3(torch.tensor([2.0**-25, 1.0]), 2.0**-30).tolist() == [0, 0]
+    edge = torch.tensor([500.0, -448.0, 1.0])
+    gradient = torch.func.grad(lambda x: fq.scaled_e4m3(x).sum())(edge)
+    assert gradient.tolist() == [0, 1, 1]
+
+
+def test_stochastic_rounding_is_the_noise_given():
+    spec = fq.QuantSpec(8, rounding="stochastic")
+    x = torch.tensor([0.25, 0.25, -0.25, 3.0])
+    noise = torch.tensor([0.2, 0.3, 0.8, 0.0])
+    assert fq.quantize(x, 1.0, spec=spec, noise=noise).q.tolist() == [1, 0, -1, 3]
+    assert fq.fake_quantize(x, 1.0, spec=spec, noise=noise).tolist() == [1, 0, -1, 3]
+    batch = torch.func.vmap(lambda x, n: fq.fake_quantize(x, 1.0, spec=spec, noise=n))
+    assert torch.equal(batch(x[:, None], noise[:, None])[:, 0], torch.tensor([1.0, 0, -1, 3]))
+
+
+@pytest.mark.parametrize("spec", [fq.QuantSpec(4, rounding="stochastic"), None])
+def test_stochastic_rounding_is_unbiased_and_seeded(spec):
+    spec = spec or fq.FloatFormat(3, 2, finite="all", rounding="stochastic")
+    x = torch.full((200_000,), 0.8)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return fq.fake_quantize(x, 0.5, spec=spec, generator=generator)
+
+    state = torch.get_rng_state()
+    y = draw(0)
+    assert torch.equal(y, draw(0))
+    assert not torch.equal(y, draw(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert y.unique().numel() == 2
+    assert y.mean().item() == pytest.approx(0.8, abs=0.005)  # 0.25 / sqrt(2e5), 9 times
+
+
+STOCHASTIC = fq.QuantSpec(rounding="stochastic")
+ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fq.FloatFormat(9, 2), ValueError, "exp must be from 1 to 8, got 9"),
+        (lambda: fq.FloatFormat(4, 12), ValueError, "man must be from 0 to 10"),
+        (lambda: fq.FloatFormat(4, 3, finite="some"), ValueError, "finite must be one of"),
+        (lambda: fq.FloatFormat(8, 7, finite="all"), ValueError, "bias must keep the largest"),
+        (lambda: fq.FloatFormat(1, 2), ValueError, "bias must leave normal numbers"),
+        (lambda: fq.FloatFormat(4, 3, max=441.0), ValueError, "max must be a value"),
+        (
+            lambda: fq.FloatFormat(4, 3, rounding="up"),
+            ValueError,
+            r"rounding must be one of \['half",
+        ),
+        (lambda: fq.QuantSpec(rounding="up"), ValueError, r"rounding must be one of \['half_even'"),
+        (lambda: fq.QuantSpec(scale_rule="up"), ValueError, r"scale_rule must be one of \['real'"),
+        (lambda: fq.Codebook((1.0, 0.0)), ValueError, "values must be 2 to 256 ascending"),
+        (
+            lambda: fq.Codebook((0.0, 1.0), rounding="floor"),
+            ValueError,
+            "rounding must be 'nearest'",
+        ),
+        (lambda: fq.fake_quantize(ONES, 1.0, 3, fq.E4M3), ValueError, "zero_point must be None"),
+        (lambda: fq.fake_quantize(ONES, 1.0, spec=STOCHASTIC), ValueError, "got neither"),
+        (
+            lambda: fq.quantize(ONES, 1.0, noise=ONES),
+            ValueError,
+            "noise and generator must be None",
+        ),
+        (
+            lambda: fq.quantize(
+                ONES, 1.0, generator=torch.Generator(), noise=ONES, spec=STOCHASTIC
+            ),
+            ValueError,
+            "got both",
+        ),
+        (
+            lambda: fq.quantize(ONES, 1.0, noise=3, spec=STOCHASTIC),
+            TypeError,
+            "noise must be a float",
+        ),
+        (lambda: fq.round_to_integer(ONES, "stochastic"), ValueError, "noise must be a tensor"),
+        (lambda: fq.scaled_e4m3(ONES, -1.0), ValueError, "scaled_e4m3: amax must not be negative"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
