@@ -8,7 +8,6 @@
 
 #include "kernel_map.h"
 #include "parallel.h"
-#include "scatter.h"
 #include "voxel_bitmap.h"
 
 namespace fquant {
@@ -112,17 +111,11 @@ bool bitmap_neighbors(const T* coords, int64_t inputs, const T* out_coords, int6
   const Range out_range = same ? in_range : range_of(out_coords, outputs, 1 + g.dims);
   if (!is_ordinary(in_range, out_range, g)) return false;
   Range reads = out_range;
-  int64_t strides = 1;
   for (int a = 1; a <= g.dims; ++a) {
     const int s = a - 1;
     reads.low[a] = out_range.low[a] * g.stride[s] - g.padding[s];
     reads.high[a] = out_range.high[a] * g.stride[s] - g.padding[s] +
                     (g.kernel[s] - 1) * g.dilation[s];
-    strides = std::min<int64_t>(strides * g.stride[s], 1 << 20);
-  }
-  if (strides > 1 && scatter_neighbors(coords, inputs, in_range, out_coords, outputs, out_range, g,
-                                       table, threads)) {
-    return true;
   }
   Frame frame;
   frame.axes = 1 + g.dims;
