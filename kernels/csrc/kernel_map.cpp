@@ -24,7 +24,7 @@ void prefer_huge_pages(int32_t* table, int64_t entries) {
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(table) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = reinterpret_cast<uintptr_t>(table + entries) & ~(kPage - 1);
-  if (end > begin && end - begin >= 16 * kPage) {
+  if (end > begin && end - begin >= 2 * kPage) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #else

@@ -93,7 +93,6 @@ struct Outputs {
   std::vector<uint64_t> inside;
   int first_bit[kMaxDims];
   bool wide;
-  bool rising;  // base never falls
 };
 
 template <class T>
@@ -111,7 +110,6 @@ void place_outputs(const T* coords, int64_t count, const Geometry& g, Outputs* o
     bits = static_cast<int>(std::min<int64_t>(65, bits + g.kernel[a]));
   }
   out->wide = bits > 64;
-  out->rising = true;
   out->base.resize(count);
   if (!out->wide) out->inside.resize(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -134,7 +132,6 @@ void place_outputs(const T* coords, int64_t count, const Geometry& g, Outputs* o
       }
     }
     out->base[i] = static_cast<int64_t>(key);
-    out->rising = out->rising && (i == 0 || out->base[i - 1] <= out->base[i]);
     if (!out->wide) out->inside[i] = inside;
   }
 }
@@ -169,15 +166,8 @@ class Sweep {
       l.along = line_ / 2;
       std::copy(out_.row.begin() + first, out_.row.begin() + last, to + l.along * count_ + first);
     }
-    if (out_.rising && !out_.wide && g_.dilation[g_.last()] == 1) {
-      std::vector<int32_t> places(last - first);
-      find_places(static_cast<int64_t>(l.delta), first, last, places.data());
-      mirrored_ ? match<true>(l, first, last, places.data(), to, opposite)
-                : match<false>(l, first, last, places.data(), to, opposite);
-    } else {
-      mirrored_ ? sweep<true>(l, first, last, to, opposite)
-                : sweep<false>(l, first, last, to, opposite);
-    }
+    mirrored_ ? sweep<true>(l, first, last, to, opposite)
+              : sweep<false>(l, first, last, to, opposite);
   }
 
  private:
@@ -187,72 +177,6 @@ class Sweep {
     uint64_t delta, outer;  // what `tap` adds to keys, and its bits in Outputs::inside
   };
 
-  // places[i - first] = the first key not below base[i] + delta, by merging the two rising lists.
-  // A step moves one of two pointers and has no branch; four quarters of the range go side by side,
-  // because a step waits for the one before it.
-  void find_places(int64_t delta, int64_t first, int64_t last, int32_t* places) const {
-    constexpr int kWays = 4;
-    const int64_t* keys = in_.keys.data();
-    const int64_t* base = out_.base.data();
-    const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
-    const auto wanted = [&](int64_t i) {
-      return static_cast<int64_t>(static_cast<uint64_t>(base[i]) + static_cast<uint64_t>(delta));
-    };
-    int64_t out[kWays], key[kWays], end[kWays];
-    for (int w = 0; w < kWays; ++w) {
-      out[w] = first + (last - first) * w / kWays;
-      end[w] = first + (last - first) * (w + 1) / kWays;
-      key[w] = out[w] == end[w]
-                   ? 0
-                   : std::lower_bound(keys, keys + num_keys, wanted(out[w])) - keys;
-    }
-    const auto step = [&](int w) {
-      const bool below = keys[key[w]] < wanted(out[w]);
-      places[out[w] - first] = static_cast<int32_t>(key[w]);
-      key[w] += below;
-      out[w] += !below;
-    };
-    for (;;) {
-      int64_t steps = INT64_MAX;
-      for (int w = 0; w < kWays; ++w) steps = std::min(steps, end[w] - out[w]);
-      if (steps <= 0) break;
-      for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 4
-        for (int w = 0; w < kWays; ++w) step(w);
-      }
-    }
-    for (int w = 0; w < kWays; ++w) {
-      while (out[w] < end[w]) step(w);
-    }
-  }
-
-  // Offsets that are consecutive voxels, one after the other: the next key is the next candidate.
-  // Nothing that is found decides a branch (it would be mispredicted too often), and one offset
-  // at a time fits the registers.
-  template <bool kMirrored>
-  void match(const Line& l, int64_t first, int64_t last, int32_t* places, int32_t* to,
-             int32_t* opposite) const {
-    const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
-    const int64_t* keys = in_.keys.data();
-    const int32_t* row_of = in_.row.data();
-    int32_t unused = 0;
-    for (int64_t k = 0; k < l.along; ++k, to += count_) {
-      const uint64_t delta = l.delta + static_cast<uint64_t>(k);
-      const uint64_t bits = l.outer | uint64_t{1} << (out_.first_bit[g_.last()] + k);
-      int32_t* mirror = kMirrored ? opposite + (line_ - 1 - k) * count_ : nullptr;
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t wanted = static_cast<int64_t>(static_cast<uint64_t>(out_.base[i]) + delta);
-        const int64_t at = places[i - first];
-        const bool hit = (keys[at] == wanted) & (at < num_keys);
-        const bool found = hit & ((out_.inside[i] & bits) == bits);
-        places[i - first] = static_cast<int32_t>(at + hit);
-        to[i] = (row_of[at] & -int32_t{found}) | (int32_t{found} - 1);
-        if (kMirrored) *select(found, mirror, at, &unused) = out_.row[i];
-      }
-    }
-  }
-
-  // Any geometry, any order of outputs.
   template <bool kMirrored>
   void sweep(const Line& l, int64_t first, int64_t last, int32_t* to, int32_t* opposite) const {
     const int64_t num_keys = static_cast<int64_t>(in_.keys.size()) - kSentinels;
@@ -322,23 +246,8 @@ void sorted_neighbors(const T* coords, int64_t num_inputs, const T* out_coords,
   const int64_t line = g.kernel[g.last()], size = line * num_outputs;
   const auto row_of_line = [&](int64_t i) { return table + i * size; };
   const auto opposite_line = [&](int64_t i) { return table + (taps / line - 1 - i) * size; };
-  const bool in_order = std::is_sorted(out.row.begin(), out.row.end());
-  // Rows of a part: what the lines of a part read of each row, about 50 bytes, stays in L2.
-  const int64_t grain = 8192, parts = (num_outputs + grain - 1) / grain;
-  if (in_order) {
-    if (mirrored) {  // what the sweep does not write itself
-      parallel_for(taps / 2, threads, [&](int64_t, int64_t i) {
-        int32_t* to = table + (taps - 1 - i) * num_outputs;
-        std::fill(to, to + num_outputs, -1);
-      });
-    }
-    parallel_for(parts * sweep.lines(), threads, [&](int64_t, int64_t i) {
-      const int64_t first = i / sweep.lines() * grain, l = i % sweep.lines();
-      sweep.run(l, first, std::min(first + grain, num_outputs), row_of_line(l), opposite_line(l));
-    });
-    return;
-  }
-
+  // Outputs of a part: what a line reads of each, about 50 bytes, stays in L2.
+  const int64_t grain = 8192;
   // Line by line in visiting order, then to the rows' own places by reads: scattered reads of a
   // row that is in cache overlap, scattered writes of a whole table do not (11.3 ms against 7.9).
   std::vector<int32_t> visit(num_outputs);

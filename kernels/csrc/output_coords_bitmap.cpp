@@ -51,33 +51,35 @@ AxisReach axis_reach(const Reach& r, int axis, int64_t first, int64_t extent) {
   return reach;
 }
 
-// What a position of the last axis marks, as (word of the line, bits).
+// What a position of the last axis marks: words of a line and bits of them. Nearly always one word,
+// so the loop over the others is predicted.
 struct Mark {
   int64_t word;
   uint64_t bits;
 };
+struct Marks {
+  std::vector<Mark> first, others;
+  std::vector<int64_t> end;  // of the others of a position
+};
 
-std::vector<Mark> marks_of(const AxisReach& x, int64_t extent, int64_t* width) {
-  std::vector<std::vector<Mark>> lists(extent);
-  *width = 0;
+Marks marks_of(const AxisReach& x, int64_t extent) {
+  Marks marks;
   for (int64_t i = 0; i < extent; ++i) {
+    Mark mark{0, 0};
+    bool any = false;
     for (int64_t n = 0; n < x.width; ++n) {
       const int64_t o = x.outputs[i * x.width + n];
       if (o < 0) continue;
-      const uint64_t bit = uint64_t{1} << (o & 63);
-      if (lists[i].empty() || lists[i].back().word != o >> 6) {
-        lists[i].push_back({o >> 6, bit});
-      } else {
-        lists[i].back().bits |= bit;
+      if (mark.bits != 0 && mark.word != o >> 6) {
+        any ? marks.others.push_back(mark) : marks.first.push_back(mark);
+        any = true;
+        mark.bits = 0;
       }
+      mark.word = o >> 6;
+      mark.bits |= uint64_t{1} << (o & 63);
     }
-    *width = std::max<int64_t>(*width, lists[i].size());
-  }
-  std::vector<Mark> marks(extent * *width, Mark{0, 0});
-  for (int64_t i = 0; i < extent; ++i) {
-    for (int64_t n = 0; n < *width && !lists[i].empty(); ++n) {
-      marks[i * *width + n] = lists[i][std::min<size_t>(n, lists[i].size() - 1)];
-    }
+    any ? marks.others.push_back(mark) : marks.first.push_back(mark);
+    marks.end.push_back(static_cast<int64_t>(marks.others.size()));
   }
   return marks;
 }
@@ -94,17 +96,15 @@ class Slab {
     top_.resize((bits_.size() + 63) / 64);
   }
 
-  void mark(const Point* points, int64_t count, const AxisReach& y, const Mark* marks,
-            int64_t width) {
+  void mark(const Point* points, int64_t count, const AxisReach& y, const Marks& marks) {
     for (int64_t n = 0; n < count; ++n) {
+      const int64_t x = points[n].x;
+      const int64_t begin = x == 0 ? 0 : marks.end[x - 1], end = marks.end[x];
       for (int64_t j = 0; j < y.width; ++j) {
         const int64_t o = y.outputs[points[n].y * y.width + j];
         const int64_t row = (o < 0 ? rows_ : o) * words_;
-        for (int64_t k = 0; k < width; ++k) {
-          const Mark& mark = marks[points[n].x * width + k];
-          bits_[row + mark.word] |= mark.bits;
-          top_[(row + mark.word) >> 6] |= uint64_t{1} << ((row + mark.word) & 63);
-        }
+        set(row, marks.first[x]);
+        for (int64_t k = begin; k < end; ++k) set(row, marks.others[k]);
       }
     }
   }
@@ -126,6 +126,11 @@ class Slab {
   }
 
  private:
+  void set(int64_t row, const Mark& mark) {
+    bits_[row + mark.word] |= mark.bits;
+    top_[(row + mark.word) >> 6] |= uint64_t{1} << ((row + mark.word) & 63);
+  }
+
   int64_t rows_, words_;
   std::vector<uint64_t> bits_, top_;
 };
@@ -158,6 +163,8 @@ bool bitmap_outputs(const T* coords, int64_t count, const int64_t* shape, const 
     if (std::max({r.kernel[s], r.stride[s], r.padding[s], r.dilation[s]}) > kFew) return false;
     if (size[a] * r.kernel[s] > 4 * most) return false;
     reach[a] = axis_reach(r, s, low[a], size[a]);
+  }
+  for (int a = 1; a < axes; ++a) {
     if (reach[a].size == 0) return true;
   }
   const int last = axes - 1, middle = r.dims > 1 ? last - 1 : -1;  // of one axis: lines are slabs
@@ -208,9 +215,9 @@ bool bitmap_outputs(const T* coords, int64_t count, const int64_t* shape, const 
     out->low.push_back(a == 0 ? low[0] : reach[a].low);
     out->size.push_back(a == 0 ? size[0] : reach[a].size);
   }
-  int64_t mark_width;
-  const std::vector<Mark> marks = marks_of(reach[last], size[last], &mark_width);
+  const Marks marks = marks_of(reach[last], size[last]);
   Slab slab(y.size, words);
+  out->words.reserve(count);
   std::vector<int64_t> inputs, next;
   for (int64_t o = 0; o < out_slabs; ++o) {
     int64_t volume = out_slabs / size[0];
@@ -227,7 +234,7 @@ bool bitmap_outputs(const T* coords, int64_t count, const int64_t* shape, const 
     }
     for (const int64_t i : inputs) {
       const int64_t begin = i == 0 ? 0 : start[i - 1];
-      slab.mark(&points[begin], start[i] - begin, y, marks.data(), mark_width);
+      slab.mark(&points[begin], start[i] - begin, y, marks);
     }
     slab.take(o * y.size, out);
   }
