@@ -37,6 +37,7 @@ from fquant.qat import (
 from fquant.recipes import plan_from_dict, plan_to_dict, rules_from_dicts, rules_to_dicts
 from fquant.records import QTensor
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
+from fquant.search import search_scales
 from fquant.spec import QuantSpec
 from fquant.straight_through import straight_through
 from fquant.transforms import (
@@ -97,6 +98,7 @@ __all__ = [
     "replace_forward",
     "rules_from_dicts",
     "rules_to_dicts",
+    "search_scales",
     "site",
     "skip",
     "sparse",

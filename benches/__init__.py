@@ -1,0 +1,1 @@
+"""Benchmarks: one question per file; answers are checked before they are timed."""
