@@ -88,6 +88,7 @@ from fquant.records import QTensor
 from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
 from fquant.scale_rules import two_level_scales
+from fquant.search import search_scales
 from fquant.spec import QuantSpec
 from fquant.straight_through import straight_through
 from fquant.transforms import (
@@ -188,6 +189,7 @@ __all__ = [
     "rules_from_dicts",
     "rules_to_dicts",
     "scaled_e4m3",
+    "search_scales",
     "site",
     "skip",
     "sparse",

@@ -95,6 +95,8 @@ class Interpreter(TorchFunctionMode):
         """Runs one operation with its operands replaced."""
         if (op.opt_in and op.name not in self.opted) or not _is_site(op, args, kwargs):
             return func(*args, **kwargs)
+        if op.name == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
+            args = (args[0], *args[1])
         name = self.next_name(op.name)
         actions = self.operands_at(name, op, (args, kwargs))
         if not actions:
@@ -102,8 +104,6 @@ class Interpreter(TorchFunctionMode):
         if kwargs.get("out") is not None:
             raise ValueError(f"site {name!r}: a quantized operation must not write to out=.")
         positional, named = list(args), dict(kwargs)
-        if op.name == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
-            positional = [args[0], *args[1]]
         target = args[0] if op.functional is not None else None
         if target is not None:  # autograd keeps what the quantizer saw, which is overwritten below
             positional[0] = target.clone()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fquant.interception.operation import Op, Slot
-from fquant.interception.stack import operands_of
+from fquant.interception.stack import operands_of, unseen
 
 _SLOTS = (
     Slot("input", "inputs", -1, axis=-1),
@@ -54,6 +54,11 @@ def gru_cell(module: Any, x: Tensor, hx: Any = None) -> Tensor:
     return _cell(module, x, None if hx is None else (hx,), GRU, _gru_step)[0]
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product that is part of a site, and not one of its own: its operands are quantized already."""
+    return unseen(F.linear, x, weight, bias)
+
+
 def _lstm_step(projected: Tensor, recurrent: Tensor, state: State) -> State:
     i, f, g, o = (projected + recurrent).chunk(4, dim=-1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
@@ -73,10 +78,8 @@ def _cell(module: Any, x: Tensor, state: State | None, op: Op, step: Any) -> Sta
     if state is None:
         zero = x.new_zeros((*x.shape[:-1], module.hidden_size))
         state = (zero, zero) if op is LSTM else (zero,)
-    projected = F.linear(
-        operand("input", x), operand("weight_ih", module.weight_ih), module.bias_ih
-    )
-    hidden = F.linear(
+    projected = _linear(operand("input", x), operand("weight_ih", module.weight_ih), module.bias_ih)
+    hidden = _linear(
         operand("hidden", state[0]), operand("weight_hh", module.weight_hh), module.bias_hh
     )
     return step(projected, hidden, state)
@@ -127,7 +130,7 @@ def _direction(
     w_ih = operand("weight_ih", getattr(module, "weight_ih" + suffix))
     w_hh = operand("weight_hh", getattr(module, "weight_hh" + suffix))
     w_hr = getattr(module, "weight_hr" + suffix) if getattr(module, "proj_size", 0) else None
-    projected = F.linear(operand("input", x), w_ih, bias_ih)
+    projected = _linear(operand("input", x), w_ih, bias_ih)
     if state is None:
         cell = x.new_zeros((x.shape[1], module.hidden_size))
         h = cell if w_hr is None else x.new_zeros((x.shape[1], module.proj_size))
@@ -135,8 +138,8 @@ def _direction(
     steps = range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0])
     outputs = []
     for t in steps:
-        state = step(projected[t], F.linear(operand("hidden", state[0]), w_hh, bias_hh), state)
+        state = step(projected[t], _linear(operand("hidden", state[0]), w_hh, bias_hh), state)
         if w_hr is not None:
-            state = (F.linear(state[0], w_hr), *state[1:])
+            state = (_linear(state[0], w_hr), *state[1:])
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if reverse else outputs), state

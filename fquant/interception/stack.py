@@ -42,7 +42,7 @@ def site(name: str, x: Any) -> Any:
         'residual#0'
     """
     interpreter = current()
-    return x if interpreter is None else _unseen(interpreter.mark, name, x)
+    return x if interpreter is None else unseen(interpreter.mark, name, x)
 
 
 def quantizable(
@@ -82,7 +82,7 @@ def quantizable(
             interpreter = current()
             if interpreter is None:
                 return function(*args, **kwargs)
-            return _unseen(interpreter.call, op, function, args, kwargs)
+            return unseen(interpreter.call, op, function, args, kwargs)
 
         call.quantizable = op  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
@@ -102,7 +102,7 @@ def operands_of(op: Op) -> Any:
     operand = interpreter.open(op)
 
     def replaced(role: str, x: Any) -> Any:
-        return _unseen(operand, role, x)
+        return unseen(operand, role, x)
 
     return replaced
 
@@ -111,7 +111,7 @@ def _unchanged(role: str, x: Any) -> Any:
     return x
 
 
-def _unseen(function: Callable[..., Any], *args: Any) -> Any:
+def unseen(function: Callable[..., Any], *args: Any) -> Any:
     """Runs a function whose operations are no business of the interpreter's, though it is entered."""
     RUNNING.interpreters.append(None)
     try:
