@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fquant import eager_fake_quantize
 from fquant.checks import (
     as_broadcastable,
     compute_dtype,
@@ -268,11 +269,16 @@ def fake_quantize(
     wide = x.to(step.dtype)
     noise = uniform_noise("fake_quantize", wide, spec.rounding, noise, generator)
     fixed = step.detach()
-    grid = _values(_levels(wide.detach(), fixed, offset, spec, noise), fixed, offset)
     shift = 0.0 if offset is None else offset
     low, high = (spec.q_min - shift) * step, (spec.q_max - shift) * step
-    clipped = wide.clamp(spread(low, x.shape), spread(high, x.shape))
-    return straight_through(grid, clipped).to(x.dtype)
+    low, high = spread(low, x.shape), spread(high, x.shape)
+
+    def grid_of(wide: Tensor) -> Tensor:
+        return _values(_levels(wide, fixed, offset, spec, noise), fixed, offset)
+
+    if noise is None and eager_fake_quantize.applies_to(x, step):
+        return eager_fake_quantize.fake_quantize_eager(wide, grid_of, low, high).to(x.dtype)
+    return straight_through(grid_of(wide.detach()), wide.clamp(low, high)).to(x.dtype)
 
 
 def _levels(
