@@ -110,7 +110,7 @@ int run(const ConvPath& path, ConvArgs args, const float* scale, const float* bi
   if (threads < 1) threads = 1;
 
   std::unique_ptr<int32_t[]> sums;
-  if (path.row_sums != nullptr) {
+  if (path.row_sums != nullptr && path.needs_row_sums(args)) {
     sums.reset(new int32_t[args.inputs]);
     args.row_sums = sums.get();
     const int64_t grain = 16384;

@@ -44,6 +44,7 @@ struct PackLayout {
 struct ConvPath {
   PackLayout layout;
   int64_t (*scratch_bytes)(const ConvArgs&);
+  bool (*needs_row_sums)(const ConvArgs&);  // asked where row_sums is there
   void (*row_sums)(const ConvArgs&, int64_t first, int64_t last);  // null where not needed
   bool (*block)(const ConvArgs&, void* scratch, int64_t index);    // false: neighbor >= inputs
   int64_t (*peak)(int64_t rounds, int32_t* sink);                  // register-only; operations done

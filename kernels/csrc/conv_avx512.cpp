@@ -1,5 +1,8 @@
 // AVX-512 path: vpdpbusd of unsigned weights (w + 128) and signed inputs, exact in wrapping int32.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in the header itself, as GCC 12 has it
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <type_traits>
 
@@ -101,6 +104,8 @@ struct Int8Traits {
   }
 };
 
+#include "conv_rows.h"
+
 void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
   const int8_t* features = static_cast<const int8_t*>(a.features);
   const __m512i ones = _mm512_set1_epi8(1);
@@ -143,9 +148,16 @@ struct FloatTraits {
   }
 };
 
+constexpr ConvPath rows_path(ConvPath path) {
+  path.scratch_bytes = int8_scratch_bytes;
+  path.needs_row_sums = needs_row_sums;
+  path.block = int8_block;
+  return path;
+}
+
 }  // namespace
 
-extern const ConvPath conv_int8_avx512vnni = make_path<Int8Traits>(row_sums);
+extern const ConvPath conv_int8_avx512vnni = rows_path(make_path<Int8Traits>(row_sums));
 extern const ConvPath conv_float_avx512 = make_path<FloatTraits>(nullptr);
 
 }  // namespace fquant

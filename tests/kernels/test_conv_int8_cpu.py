@@ -55,6 +55,21 @@ def test_every_path_gives_the_bits_of_the_reference(isa: str, case: ConvCase) ->
 
 
 @each_isa
+@pytest.mark.parametrize("taps", [1, 8, 27, 31, 32])
+@pytest.mark.parametrize("num_channels", [16, 32])
+@pytest.mark.parametrize("num_out", [1, 15, 16, 17])
+def test_few_channels(isa: str, taps: int, num_channels: int, num_out: int) -> None:
+    for num_rows in (1, 127, 129, 300):
+        case = random_case(num_rows, num_channels, num_out, taps)
+        want = reference.sparse_conv_int8(*case)
+        assert torch.equal(cpu.sparse_conv_int8(*case, isa=isa), want)
+        neighbors = case.neighbors.clone()
+        neighbors[taps - 1, num_rows - 1] = num_rows
+        with pytest.raises(IndexError):
+            cpu.sparse_conv_int8(*case._replace(neighbors=neighbors), isa=isa)
+
+
+@each_isa
 def test_sums_beyond_2_to_the_24_are_rounded_once_to_float32(isa: str) -> None:
     # 27 * 300 products of 127 * 127, and one of 127 * 126: odd sums, not floats.
     features = torch.full((1, 300), 127, dtype=torch.int8)
