@@ -194,6 +194,109 @@ def test_grids_of_more_than_2_to_the_31_cells() -> None:
     )
 
 
+@st.composite
+def spread_cases(draw: st.DrawFn) -> MapCase:
+    """Clusters of voxels far apart: bitmaps whose cells share places, or grids left to sorting."""
+    axes = draw(st.integers(1, 4))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    clusters, per_cluster = draw(st.integers(1, 12)), draw(st.sampled_from([1, 30, 150]))
+    # From a grid with fewer cells than the bitmap has bits to one no bitmap is made for.
+    # The definition's own keys are int64, so no more than two axes are huge.
+    sides = [draw(st.sampled_from([9, 64, 700, 2**11, 2**20])) for _ in range(axes)]
+    sides = [side if axis < 2 else min(side, 64) for axis, side in enumerate(sides)]
+    sides = draw(st.permutations(sides))
+    # Centers at multiples of powers of two, so that many cells share a place; ends included.
+    grain = draw(st.sampled_from([1, 64, 1024]))
+    columns = [torch.randint(0, 2, (clusters * per_cluster,), generator=random)]
+    for side in sides:
+        center = torch.randint(0, side // min(grain, side) + 1, (clusters, 1), generator=random)
+        near = torch.randint(-3, 4, (clusters, per_cluster), generator=random)
+        columns.append((center * grain + near).clamp(0, side - 1).flatten())
+    coords = torch.stack(columns, dim=1).unique(dim=0)
+    coords = coords[torch.randperm(coords.shape[0], generator=random)]
+    return MapCase(
+        coords.to(draw(st.sampled_from([torch.int32, torch.int64]))),
+        sides,
+        draw(lists(axes, 1, (150, 9, 4, 3)[axes - 1])),
+        draw(lists(axes, 1, 3)),
+        draw(lists(axes, 0, 4)),
+        draw(lists(axes, 1, 3)),
+    )
+
+
+@needs_library
+@SETTINGS
+@given(case=spread_cases(), data=st.data())
+def test_sparse_grids_are_those_of_the_reference(case: MapCase, data: st.DataObject) -> None:
+    out_coords = reference.conv_output_coords(case.coords, *case.geometry)
+    assert torch.equal(cpu.conv_output_coords(case.coords, *case.geometry), out_coords)
+    extra = data.draw(lists(len(case.stride), 0, 2))
+    assert torch.equal(
+        cpu.transposed_conv_output_coords(case.coords, *case.geometry, extra),
+        reference.transposed_conv_output_coords(case.coords, *case.geometry, extra),
+    )
+    if data.draw(st.booleans()):  # outputs need not be in the grid, nor differ
+        out_coords = out_coords + torch.randint(-4, 5, out_coords.shape, dtype=out_coords.dtype)
+    table = reference.kernel_neighbors(case.coords, out_coords, *case.geometry)
+    assert torch.equal(cpu.kernel_neighbors(case.coords, out_coords, *case.geometry), table)
+    odd = [2 * (size // 2) + 1 for size in case.kernel_size]
+    padding = [k // 2 * d for k, d in zip(odd, case.dilation, strict=True)]
+    geometry = (case.spatial_shape, odd, [1] * len(odd), padding, case.dilation)
+    table = reference.kernel_neighbors(case.coords, case.coords, *geometry)
+    assert torch.equal(cpu.kernel_neighbors(case.coords, case.coords, *geometry), table)
+
+
+@needs_library
+@SETTINGS
+@given(case=st.one_of(map_cases(), spread_cases()), seed=st.integers(0, 2**32))
+def test_of_equal_rows_the_first_counts(case: MapCase, seed: int) -> None:
+    count = case.coords.shape[0]
+    if count == 0:
+        return
+    random = torch.Generator().manual_seed(seed)
+    picked = torch.randint(0, count, (2 * count,), generator=random)
+    repeated = case.coords[picked]
+    first = torch.full((count,), 2 * count)
+    first.scatter_reduce_(0, picked, torch.arange(2 * count), "amin")
+    once = first[first < 2 * count].sort().values
+    out_coords = cpu.conv_output_coords(repeated, *case.geometry)
+    assert torch.equal(out_coords, reference.conv_output_coords(repeated, *case.geometry))
+    for outputs in (out_coords, repeated):
+        table = reference.kernel_neighbors(repeated[once], outputs, *case.geometry)
+        want = torch.where(table < 0, -1, once[table.long()]).to(torch.int32)
+        assert torch.equal(cpu.kernel_neighbors(repeated, outputs, *case.geometry), want)
+
+
+@needs_library
+@pytest.mark.parametrize("count", [12, 20])
+def test_many_cells_of_one_place(count: int) -> None:
+    """Lines 2^13 apart meet in a bitmap of at most 2^13 places; 20 cells of a place are too many."""
+    y = torch.arange(count) * 2**13
+    coords = torch.stack([0 * y, y, 0 * y + 5], dim=1).repeat(2, 1)
+    coords[count:, 2] += 1
+    coords = coords[torch.randperm(2 * count, generator=torch.Generator().manual_seed(1))]
+    geometry = ([2**13 * count, 40], [3, 3], [1, 1], [1, 1], [1, 1])
+    want = reference.kernel_neighbors(coords, coords, *geometry)
+    assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
+    assert torch.equal(cpu.kernel_neighbors(coords, coords[:5], *geometry), want[:, :5])
+
+
+@needs_library
+@pytest.mark.parametrize("side", [63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("dilation", [1, 2, 60])
+def test_both_ends_of_the_last_axis(side: int, dilation: int) -> None:
+    ends = torch.tensor([0, 1, 62, 63, 64, side - 2, side - 1]).clamp(max=side - 1).unique()
+    coords = torch.cartesian_prod(torch.arange(2), torch.arange(3), ends)
+    for kernel in (3, 5, 129):
+        geometry = ([3, side], [3, kernel], [1, 1], [1, kernel // 2 * dilation], [1, dilation])
+        want = reference.kernel_neighbors(coords, coords, *geometry)
+        assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
+        out_coords = reference.conv_output_coords(coords, *geometry)
+        assert torch.equal(cpu.conv_output_coords(coords, *geometry), out_coords)
+        want = reference.kernel_neighbors(coords, out_coords, *geometry)
+        assert torch.equal(cpu.kernel_neighbors(coords, out_coords, *geometry), want)
+
+
 @needs_library
 @SETTINGS
 @given(case=map_cases(), data=st.data())
