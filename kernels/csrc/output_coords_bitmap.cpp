@@ -1,8 +1,8 @@
-// Output voxels without sorting: marked in a bitmap of one slab (the last two axes) after the other.
+// Output voxels without sorting: marked in a bitmap of one slab (the last two axes) at a time.
 //
-// Inputs are grouped by slab, in any order within. An output slab is marked from the few input slabs
-// that reach it, then read off in order, which also clears it: sorted and unique for free. What each
-// input position reaches is found once per axis.
+// Inputs are grouped by slab, in any order within. An output slab is marked from the few input
+// slabs that reach it, then read off in order, which also clears it: sorted and unique for free.
+// What each input position reaches is found once per axis.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>

@@ -1,9 +1,9 @@
 // Voxels as a bitmap with ranks: whether a cell holds a voxel, and which.
 //
 // A voxel's place in the bitmap is linear in its coordinates, modulo the size of the bitmap, and
-// 1 along the last axis. So an offset adds a constant to the place, and the offsets of a line (those
-// that differ on the last axis only) are one window of bits. The bitmap has 32 to 64 bits per voxel
-// however large the grid is; where the grid is larger, cells share a place, 2 to 3 % of the absent
+// 1 along the last axis. So an offset adds a constant to the place, and the offsets of a line
+// (those that differ on the last axis only) are one window of bits. The bitmap has 64 to 128 bits per voxel
+// however large the grid is; where the grid is larger, cells share a place, 1 to 3 % of the absent
 // reads look present, and the line kept beside each voxel tells. Most reads are absent and cost a
 // few instructions on bits that stay in cache.
 #pragma once
@@ -57,7 +57,7 @@ Range range_of(const T* coords, int64_t count, int axes) {
   return range;
 }
 
-// False where there is no frame: a last axis of more than 64 * 64 bits per voxel, 2^32 lines and more.
+// False where there is no frame: a last axis of more than 4096 cells per voxel, or 2^32 lines.
 inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, Frame* frame) {
   __int128 lines = 1, last = 1;
   int64_t extent[kAxes];
@@ -91,8 +91,8 @@ inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, 
   return true;
 }
 
-// Whether no product of two figures overflows, and every input is inside the grid: what rows outside
-// it mean is defined by the sorted method.
+// Whether no product of two figures overflows, and every input is inside the grid: what rows
+// outside it mean is defined by the sorted method.
 inline bool is_ordinary(const Range& in, const Range& out, const Geometry& g) {
   constexpr int64_t kMost = int64_t{1} << 40, kFew = int64_t{1} << 20;
   for (int a = 0; a <= g.dims; ++a) {

@@ -1,4 +1,4 @@
-"""The CPU path of kernel maps: sorted keys and a merge sweep, compiled."""
+"""The CPU path of kernel maps, compiled: bitmaps with ranks, sorted keys where grids are vast."""
 
 import ctypes
 from collections.abc import Sequence
