@@ -1,7 +1,9 @@
-"""Hypothesis profiles: `dev` (50 examples), `ci` (200, the same ones every run)."""
+"""Hypothesis profiles: `dev` (50 examples), `ci` (200, the same ones every run); seeds."""
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -10,3 +12,9 @@ settings.register_profile(
     "ci", max_examples=200, deadline=None, derandomize=True, suppress_health_check=SLOW_IS_FINE
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test sees the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)

@@ -9,7 +9,7 @@ import fquant as fq
 
 INT8 = fq.QuantSpec()
 X1, X2, X3 = (torch.randn(2, 4, *[6] * n, dtype=torch.float64) for n in (1, 2, 3))
-ROWS = torch.randn(2, 3, 4, dtype=torch.float64)
+ROWS = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ROW = ROWS[0]
 TOKENS = torch.tensor([[0, 1, 2]])
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)

@@ -9,7 +9,8 @@ from torch.func import functional_call
 import fquant as fq
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-PARAMS = {name: p.detach() for name, p in MODEL.named_parameters()}
+GENERATOR = torch.Generator().manual_seed(0)
+PARAMS = {n: torch.randn(p.shape, generator=GENERATOR) for n, p in MODEL.named_parameters()}
 RULES = [
     fq.Rule(r"2\..*", fq.QuantSpec(num_bits=4)),
     fq.Rule(r".*\.weight", fq.QuantSpec(axis=0)),
@@ -61,7 +62,7 @@ def test_given_scales_are_used_and_trained():
     levels = fake["0.weight"] / frozen["0.weight"]
     assert torch.allclose(levels, levels.round(), atol=1e-5)
     tight = {name: scale / 2 for name, scale in frozen.items()}
-    x = torch.ones(1, 3)
+    x = torch.eye(3)
 
     def loss(params, scales):
         return functional_call(MODEL, fq.fake_quant_params(params, specs, scales), (x,)).sum()
