@@ -89,6 +89,7 @@ from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
 from fquant.scale_rules import two_level_scales
 from fquant.search import search_scales
+from fquant.serialization import load, save
 from fquant.spec import QuantSpec
 from fquant.straight_through import straight_through
 from fquant.transforms import (
@@ -166,6 +167,7 @@ __all__ = [
     "gaussian_std_from_range",
     "init_stats",
     "learned_clip",
+    "load",
     "lsq_plus_scale",
     "lsq_scale",
     "make_plan",
@@ -188,6 +190,7 @@ __all__ = [
     "round_to_integer",
     "rules_from_dicts",
     "rules_to_dicts",
+    "save",
     "scaled_e4m3",
     "search_scales",
     "site",
