@@ -115,5 +115,5 @@ def _checksum(form: str, version: str, text: str, tensors: Mapping[str, Tensor])
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(memoryview(bytes_of(tensor).numpy()))
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
