@@ -5,10 +5,10 @@
     q      = quantize(x, scale, spec=spec)       integers, as a record
     y      = fake_quantize(x, scale, spec=spec)  the same values as floats, differentiable
 
-`fquant.sparse` has sparse tensors and their convolutions.
+`fquant.sparse` has sparse tensors and their convolutions, `fquant.graph` what is deployed.
 """
 
-from fquant import sparse
+from fquant import graph, sparse
 from fquant.affine import (
     compute_amax,
     compute_scale,
@@ -43,6 +43,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
+from fquant.graph import export_qdq
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -151,6 +152,7 @@ __all__ = [
     "dequantize",
     "dequantize_params",
     "entropy_amax",
+    "export_qdq",
     "fake_affine_tensor_quant",
     "fake_quant",
     "fake_quant_params",
@@ -165,6 +167,7 @@ __all__ = [
     "fine_tuning_with_divisors",
     "fold_batch_norm",
     "gaussian_std_from_range",
+    "graph",
     "init_stats",
     "learned_clip",
     "load",

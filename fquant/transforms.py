@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from fquant.affine import compute_amax, compute_scale, fake_quantize
 from fquant.calibration import at_site, observed_amax
+from fquant.formats import Format
 from fquant.interception.interpreter import Interpreter
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
@@ -268,16 +269,22 @@ class _FakeQuantize(_Planned):
         self.qstate = qstate
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        return at_site(name, _fake, x, action, None if action.dynamic else self.qstate[name])
+        return at_site(name, self._on_grid, name, x, action)
 
+    def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
+        if hasattr(x, "features"):
+            return x.with_features(self._on_grid(name, x.features, quantizer))
+        y = _grouped(x, quantizer.groups)
+        if quantizer.dynamic:
+            scale = compute_scale(compute_amax(y, quantizer.spec.axis), quantizer.spec)
+        else:
+            scale = self.qstate[name]
+        y = self.rounded(name, y, scale, quantizer.spec)
+        return y if quantizer.groups == 1 else y.reshape(x.shape)
 
-def _fake(x: Any, quantizer: Quantizer, scale: Tensor | None) -> Any:
-    if hasattr(x, "features"):
-        return x.with_features(_fake(x.features, quantizer, scale))
-    y = _grouped(x, quantizer.groups)
-    if scale is None:
-        scale = compute_scale(compute_amax(y, quantizer.spec.axis), quantizer.spec)
-    return fake_quantize(y, scale, spec=quantizer.spec).reshape(x.shape)
+    def rounded(self, name: str, x: Tensor, scale: Tensor, spec: Format) -> Tensor:
+        """Returns x on the grid."""
+        return fake_quantize(x, scale, spec=spec)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
