@@ -2,9 +2,11 @@
 
 qdq_ops    the two nodes, their arguments, and how to recognise them
 export     a model under a plan -> program with Q/DQ nodes
+onnx       a program with Q/DQ nodes -> ONNX
 """
 
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
+from fquant.graph.onnx import to_onnx
 from fquant.graph.qdq_ops import (
     Quantization,
     format_from_text,
@@ -26,4 +28,5 @@ __all__ = [
     "is_quantize",
     "quantization_of",
     "store_integers",
+    "to_onnx",
 ]
