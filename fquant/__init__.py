@@ -43,7 +43,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
-from fquant.graph import export_qdq, to_onnx
+from fquant.graph import export_qdq, lower, prepack, to_onnx
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -171,6 +171,7 @@ __all__ = [
     "init_stats",
     "learned_clip",
     "load",
+    "lower",
     "lsq_plus_scale",
     "lsq_scale",
     "make_plan",
@@ -184,6 +185,7 @@ __all__ = [
     "percentile_amax",
     "plan_from_dict",
     "plan_to_dict",
+    "prepack",
     "quantizable",
     "quantize",
     "quantize_params",
