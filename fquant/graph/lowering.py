@@ -98,7 +98,7 @@ def _lower_node(editor: Editor, node: Node, table: Sequence[Lowering]) -> LayerR
     """Lowers one operation if a line of the table can; returns what became of it."""
     entries = [entry for entry in table if node.target in entry.match]
     inputs = quantized_inputs(node)
-    if not inputs or editor.constant(node):
+    if not inputs or editor.constant(node) or qdq_ops.is_dequantize(node):
         return None
     operands = operands_of(editor, node)
     site = quantization_of(inputs[0]).name.rpartition(".")[0]

@@ -157,13 +157,13 @@ def integer_input(editor: Editor, node: Any) -> Quantization:
     return quantization_of(node)
 
 
-def integer_weight(editor: Editor, node: Any) -> Integers:
-    """Returns a constant weight in int8 with a step per output channel, its first axis.
+def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
+    """Returns a constant weight in int8 with a step per output channel, which `axis` counts.
 
     Raises:
         NotLowered: it is not quantized so.
     """
-    shape = node.meta["val"].shape
+    shape = node.meta["val"].shape if isinstance(node, Node) else ()
     while isinstance(node, Node) and node.target in (aten.view.default, aten.reshape.default):
         node = node.args[0]
     if not is_dequantize(node) or not editor.constant(node):
@@ -174,7 +174,7 @@ def integer_weight(editor: Editor, node: Any) -> Integers:
     if w.zero_point is not None or node.meta.get("keep"):
         raise NotLowered(f"{w.name} has a zero point, or is an edge that is kept")
     scale = editor.value(w.scale).float()
-    if scale.numel() not in (1, shape[0]) or (scale.numel() > 1 and scale.shape[0] != shape[0]):
+    if scale.numel() != 1 and not scale.numel() == scale.shape[axis] == shape[axis]:
         raise NotLowered(
             f"{w.name} has a scale per {qdq_ops.granularity_of(*_shapes(w))}, not per output channel"
         )
