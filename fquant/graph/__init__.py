@@ -8,10 +8,12 @@ pattern    what a line of a lowering table is about
 kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
 prepack    program -> program for this machine's CPU
+integers   what a program computes at each quantizer
 """
 
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
+from fquant.graph.integers import site_integers
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.lowering import Lowered, lower
 from fquant.graph.pattern import Lowering, NotLowered, Pattern, integer_input, integer_weight
@@ -50,5 +52,6 @@ __all__ = [
     "lower",
     "prepack",
     "quantization_of",
+    "site_integers",
     "store_integers",
 ]

@@ -41,6 +41,7 @@ class Pattern:
         last: the last float node, which the integer op replaces.
         quantize: the Q node that is its only user; None if the result is used as floats.
         steps: the names of the operations, for the report.
+        nodes: the float nodes that the integer op makes superfluous.
     """
 
     anchor: Node
@@ -50,6 +51,7 @@ class Pattern:
     last: Any = None
     quantize: Node | None = None
     steps: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Integers(NamedTuple):
 def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Pattern:
     """Returns the longest pattern from an operation on, through nodes with a single user."""
     norm = residual = activation = None
-    last, steps = anchor, [_name(anchor)]
+    last, steps, nodes = anchor, [_name(anchor)], [anchor]
     while True:
         user = next(iter(last.users)) if len(last.users) == 1 else None
         if user is None:
@@ -112,14 +114,16 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
         elif user.target in ACTIVATIONS and ACTIVATION_STEP in absorbs and user.args[0] is last:
             activation, last = _bounds(user), user
             steps.append(_name(user))
+            nodes.append(last)
             break
         else:
             break
+        nodes.append(last)
     users = list(last.users)
     quantize = users[0] if len(users) == 1 and qdq_ops.is_quantize(users[0]) else None
     if quantize is not None and (quantize.meta.get("keep") or why_not_int8(editor, quantize)):
         quantize = None
-    return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps))
+    return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps), tuple(nodes))
 
 
 def why_not_int8(editor: Editor, node: Node) -> str:

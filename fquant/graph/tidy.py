@@ -109,9 +109,13 @@ def hoist_quantize(editor: Editor) -> bool:
         rest = node.args[1:]
 
         def quantized(x: Node, source: Node = source, rest: Any = rest) -> Node:
-            return editor.call(qdq_ops.quantize, x, *rest, before=source)
+            q = editor.call(qdq_ops.quantize, x, *rest, before=source)
+            q.meta["quantizer"] = ""  # the site's integers are those after the move
+            return q
 
-        editor.replace(node, _moved(editor, source, quantized, before=source))
+        moved = _moved(editor, source, quantized, before=source)
+        moved.meta["quantizer"] = node.meta.get("quantizer", quantization_of(node).name)
+        editor.replace(node, moved)
         editor.graph.erase_node(node)
         editor.graph.erase_node(source)
         changed = True
