@@ -93,3 +93,18 @@ def at_site(site: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except ValueError as error:
         raise ValueError(f"site {site!r}: {error}") from error
+
+
+def require_sites(function: str, argument: str, given: Stats, wanted: Iterable[str]) -> None:
+    """Raises ValueError unless a tree has exactly the names wanted."""
+    count = 0
+    for name in wanted:
+        count += 1
+        if name not in given:
+            raise ValueError(
+                f"{function}: {argument} must have every calibrated quantizer of the plan, "
+                f"lacks {name!r}."
+            )
+    if len(given) != count:
+        others = sorted(set(given) - set(wanted))
+        raise ValueError(f"{function}: {argument} must be of this plan, got {others}, not in it.")
