@@ -11,7 +11,6 @@ integer and its derivative is zero.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fquant.affine import compute_amax, compute_scale, compute_scale_zero_point, fake_quantize
@@ -107,7 +106,7 @@ def fake_quantize_operand(
         scale: its step; None to take the range from x (`dynamic`).
         zero_point: with `symmetric=False`.
     """
-    spec = quantizer.spec
+    spec: Any = quantizer.spec
     if scale is None and quantizer.symmetric:
         scale = compute_scale(compute_amax(x, spec.axis, getattr(spec, "block", None)), spec)
     elif scale is None:

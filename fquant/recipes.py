@@ -2,6 +2,8 @@
 
     save_recipe("recipe.yaml", [*skip("head"), *w8a8()])
     rules = load_recipe("recipe.yaml")
+
+A file says nothing that code could not: every entry is a class of fquant and its fields.
 """
 
 import dataclasses
