@@ -140,10 +140,15 @@ class Score(nn.Module):
 
 def test_transforms_inside_a_model():
     model, x = Score(), torch.randn(6, 4)
-    rules = [fq.OpRule(weight=fq.QuantSpec(4, narrow_range=True))]
-    plan, params, qstate = prepared(model, x, rules)
+    w4 = fq.OpRule(weight=fq.QuantSpec(4, narrow_range=True))
+    plan, params, qstate = prepared(model, x, [w4])
     assert sorted(plan.quantizers) == ["energy.0/linear#0.weight", "energy.2/linear#0.weight"]
     forward = fq.fake_quant(model, plan)
+    for per, amax in (("tensor", x.abs().max()), ("channel", x.abs().amax(0))):
+        watching = fq.OpRule(inputs=fq.Quantizer(per=per))
+        _, _, seen = prepared(model, x, [watching])  # no wrapper of the inner vmap may leave
+        scale = seen["energy.0/linear#0.input"]
+        assert torch.equal(scale.flatten(), (amax / 127).flatten())
     rounded = dict(params)
     for i in (0, 2):
         name, spec = f"energy.{i}.weight", fq.QuantSpec(4, narrow_range=True)
@@ -191,7 +196,7 @@ def test_under_fsdp2_as_one_unit():
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*run, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["equal", "equal"]
+    assert done.stdout.count("equal") == 2
 
 
 def test_merging_over_ranks_needs_ranks():
