@@ -1,7 +1,7 @@
 """Sharing ranges between neighbours, so that one grid serves channels of very different size.
 
-    equalize            between a layer's input and its weight, in the scales; any model, by its plan
-    equalize_layers     between one layer's outputs and the next one's inputs, in the parameters
+equalize            between a layer's input and its weight, in the scales; any model, by its plan
+equalize_layers     between one layer's outputs and the next one's inputs, in the parameters
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """A CNN with batch norm and a residual sum: float, after calibration, after fine-tuning.
 
-    python docs/examples/cnn.py
+python docs/examples/cnn.py
 """
 
 import torch
@@ -57,7 +57,9 @@ def main(steps: int = 300, bits: int = 3) -> dict[str, float]:
         fq.OpRule(weight=spec, inputs=fq.QuantSpec(bits, unsigned=True)),
     ]
     plan = fq.make_plan(model, rules, (data.train_images[:2],))
-    stats = fq.calibrate_model(model, plan, folded, data.train_images[:512].split(128), progress=False)
+    stats = fq.calibrate_model(
+        model, plan, folded, data.train_images[:512].split(128), progress=False
+    )
     qstate = fq.finalize(plan, stats)
     forward = fq.fake_quant(model, plan)
     learned = {name: folded[name] for name in params}

@@ -38,7 +38,9 @@ def parameters(model: nn.Module) -> Params:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def batches(data: Split, steps: int, size: int = 64, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Split, steps: int, size: int = 64, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields training batches in random order."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):

@@ -1,7 +1,7 @@
 """Calibration and fine-tuning on several processes: one exchange of statistics, then DDP.
 
-    torchrun --nproc-per-node 2 docs/examples/distributed.py
-    python docs/examples/distributed.py                        the same on one process
+torchrun --nproc-per-node 2 docs/examples/distributed.py
+python docs/examples/distributed.py                        the same on one process
 """
 
 import json

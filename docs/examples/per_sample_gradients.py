@@ -1,6 +1,6 @@
 """The gradient of a quantized network for every image on its own, as private or robust training needs.
 
-    python docs/examples/per_sample_gradients.py
+python docs/examples/per_sample_gradients.py
 """
 
 import torch
@@ -39,7 +39,10 @@ def main(size: int = 64, norm: float = 1.0) -> dict[str, float]:
     return {
         "smallest": norms.min().item(),
         "largest": norms.max().item(),
-        "clipped mean": torch.stack([g.square().sum() for g in clipped.values()]).sum().sqrt().item(),
+        "clipped mean": torch.stack([g.square().sum() for g in clipped.values()])
+        .sum()
+        .sqrt()
+        .item(),
         "mean against batch": apart,
     }
 

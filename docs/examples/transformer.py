@@ -1,6 +1,6 @@
 """torch's own Transformer layers on the rows of images, in 8 bits, all but the first and last layer.
 
-    python docs/examples/transformer.py
+python docs/examples/transformer.py
 """
 
 import torch
@@ -35,7 +35,9 @@ def main(steps: int = 200) -> dict[str, float]:
     example = (data.train_images[:2],)
     everything = fq.make_plan(model, fq.w8a8(), example)
     plan = fq.make_plan(model, [*fq.skip_first_and_last(everything), *fq.w8a8()], example)
-    stats = fq.calibrate_model(model, plan, params, data.train_images[:512].split(128), progress=False)
+    stats = fq.calibrate_model(
+        model, plan, params, data.train_images[:512].split(128), progress=False
+    )
     qstate = fq.finalize(plan, stats)
     forward = fq.fake_quant(model, plan)
     return {
