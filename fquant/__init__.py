@@ -27,6 +27,7 @@ from fquant.batch_norm import estimate_batch_norm, fold_batch_norm, folded_conv_
 from fquant.calibration import calibrate, merge_stats, observed_amax
 from fquant.codebook import NF4, Codebook
 from fquant.distributed import merge_stats_over_ranks
+from fquant.equalization import equalize, equalize_layers
 from fquant.formats import (
     BF16,
     E2M1,
@@ -151,6 +152,8 @@ __all__ = [
     "dequantize",
     "dequantize_params",
     "entropy_amax",
+    "equalize",
+    "equalize_layers",
     "estimate_batch_norm",
     "export_qdq",
     "fake_affine_tensor_quant",

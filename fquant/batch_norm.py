@@ -91,6 +91,7 @@ def folded_conv_batch_norm(
 
     Raises:
         TypeError: layer is of another kind.
+        ValueError: the input of a linear layer is not two-dimensional.
 
     Example:
         >>> block = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
@@ -197,7 +198,11 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _batch_statistics(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the layer's output; the running statistics move."""
     y = _apply(layer, x, layer.weight, layer.bias)
-    axes = [a for a in range(y.ndim) if a != (1 if y.ndim > 2 else y.ndim - 1)]
+    if isinstance(layer, nn.Linear) and y.ndim != 2:
+        raise ValueError(
+            f"folded_conv_batch_norm: x must be (batch, features) for nn.Linear, got {tuple(x.shape)}."
+        )
+    axes = [a for a in range(y.ndim) if a != 1]
     norm(y)  # moves the running statistics by torch's own rules
     variance, mean = torch.var_mean(y, dim=axes, correction=0)
     return mean, variance

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fquant.affine import compute_amax, compute_scale, compute_scale_zero_point, fake_quantize
-from fquant.calibration import at_site, require_sites
+from fquant.calibration import at_site, require_stats, state_types
 from fquant.learned import fake_quantize_lsq, learned_clip
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
@@ -59,7 +59,7 @@ def finalize(plan: Plan, stats: State) -> dict[str, Tensor]:
         >>> finalize(plan, stats)
         {'linear#0.input': tensor(0.0100), 'linear#0.input.zero_point': tensor(-28.)}
     """
-    require_sites("finalize", "stats", stats, plan.observers)
+    require_stats("finalize", stats, state_types(plan.observers))
     qstate: dict[str, Tensor] = {}
     for name, observer in plan.observers.items():
         quantizer = plan.quantizers[name]

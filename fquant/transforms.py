@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fquant.calibration import at_site, require_sites
+from fquant.calibration import at_site, require_sites, require_stats, state_types
 from fquant.interception.interpreter import Interpreter
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
@@ -70,7 +70,7 @@ def observe(
     program = _Program(model, plan, train, ops)
 
     def observed(params: Params, stats: State, *args: Any, **kwargs: Any) -> Any:
-        require_sites("observe", "stats", stats, program.observed)
+        require_stats("observe", stats, program.states)
         interpreter = _Observe(program, stats)
         y, buffers = program.run("observe", interpreter, params, args, kwargs)
         return (y, interpreter.stats, buffers) if with_buffers else (y, interpreter.stats)
@@ -163,7 +163,7 @@ class _Program:
             site.name: {o.role: o.quantizer for o in site.operands if o.quantizer is not None}
             for site in plan.sites
         }
-        self.observed = tuple(plan.observers)
+        self.states = state_types(plan.observers)
         self.calibrated = qstate_names(plan)
         self.shadow = shadow_of(model, ops.forwards, train, plan.method)
         self.parameters = tuple(name for name, _ in self.shadow.named_parameters())

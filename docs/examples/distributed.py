@@ -40,7 +40,7 @@ def main(steps: int = 20) -> dict[str, list[float]]:
     quantized: nn.Module = fq.FakeQuantized(model, plan, qstate)
     if world > 1:
         quantized = DistributedDataParallel(quantized)
-    optimizer = torch.optim.SGD(quantized.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(quantized.parameters(), lr=0.3)
     losses = []
     for step in range(steps):
         rows = torch.arange(step * SIZE, (step + 1) * SIZE) % len(data.train_images)
