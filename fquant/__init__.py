@@ -46,7 +46,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
-from fquant.graph import export_qdq
+from fquant.graph import export_qdq, lower, prepack
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -177,6 +177,7 @@ __all__ = [
     "learned_clip",
     "load",
     "load_recipe",
+    "lower",
     "lsq_plus_scale",
     "lsq_scale",
     "make_plan",
@@ -191,6 +192,7 @@ __all__ = [
     "percentile_amax",
     "plan_from_dict",
     "plan_to_dict",
+    "prepack",
     "qstate_names",
     "quantizable",
     "quantize",
