@@ -5,10 +5,10 @@
     q      = quantize(x, scale, spec=spec)       integers, as a record
     y      = fake_quantize(x, scale, spec=spec)  the same values as floats, differentiable
 
-`fquant.sparse` has sparse tensors and their convolutions.
+`fquant.sparse` has sparse tensors and their convolutions, `fquant.graph` what is deployed.
 """
 
-from fquant import sparse
+from fquant import graph, sparse
 from fquant.affine import (
     compute_amax,
     compute_scale,
@@ -46,6 +46,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
+from fquant.graph import export_qdq, lower, prepack
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -94,6 +95,7 @@ from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
 from fquant.scale_rules import two_level_scales
 from fquant.search import search_scales
+from fquant.serialization import load, save
 from fquant.spec import QuantSpec
 from fquant.stateful import FakeQuantized
 from fquant.straight_through import straight_through
@@ -153,6 +155,7 @@ __all__ = [
     "equalize",
     "equalize_layers",
     "estimate_batch_norm",
+    "export_qdq",
     "fake_affine_tensor_quant",
     "fake_quant",
     "fake_quant_params",
@@ -169,9 +172,12 @@ __all__ = [
     "folded_conv_batch_norm",
     "fp8",
     "gaussian_std_from_range",
+    "graph",
     "init_stats",
     "learned_clip",
+    "load",
     "load_recipe",
+    "lower",
     "lsq_plus_scale",
     "lsq_scale",
     "make_plan",
@@ -186,6 +192,7 @@ __all__ = [
     "percentile_amax",
     "plan_from_dict",
     "plan_to_dict",
+    "prepack",
     "qstate_names",
     "quantizable",
     "quantize",
@@ -196,6 +203,7 @@ __all__ = [
     "round_to_integer",
     "rules_from_dicts",
     "rules_to_dicts",
+    "save",
     "save_recipe",
     "scaled_e4m3",
     "search_scales",

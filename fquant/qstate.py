@@ -93,8 +93,17 @@ def split_qstate(plan: Plan, qstate: State) -> tuple[dict[str, Tensor], dict[str
     return learned, {name: scale for name, scale in qstate.items() if name not in trained}
 
 
+def dynamic_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor | None]:
+    """Returns (scale, zero_point) that x itself asks for; no zero point for a symmetric range."""
+    spec: Any = quantizer.spec
+    if quantizer.symmetric:
+        return compute_scale(compute_amax(x, spec.axis, getattr(spec, "block", None)), spec), None
+    low, high = quantizer.range_of(quantizer.observer.update(quantizer.observer.init(), x))
+    return compute_scale_zero_point(low, high, spec)
+
+
 def fake_quantize_operand(
-    x: Tensor, quantizer: Quantizer, scale: Tensor | None, zero_point: Tensor | None = None
+    x: Tensor, quantizer: Quantizer, scale: Tensor, zero_point: Tensor | None = None
 ) -> Tensor:
     """Returns an operand on its quantizer's grid, in the arithmetic of `fquant.fake_quantize`.
 
@@ -103,15 +112,10 @@ def fake_quantize_operand(
     Args:
         x: the operand.
         quantizer: how, with the axes filled in.
-        scale: its step; None to take the range from x (`dynamic`).
+        scale: its step, from qstate or `dynamic_range`.
         zero_point: with `symmetric=False`.
     """
     spec: Any = quantizer.spec
-    if scale is None and quantizer.symmetric:
-        scale = compute_scale(compute_amax(x, spec.axis, getattr(spec, "block", None)), spec)
-    elif scale is None:
-        low, high = quantizer.range_of(quantizer.observer.update(quantizer.observer.init(), x))
-        scale, zero_point = compute_scale_zero_point(low, high, spec)
     if quantizer.learn == "lsq":
         return fake_quantize_lsq(x, scale, spec=spec)
     if quantizer.learn == "pact":

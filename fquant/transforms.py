@@ -20,15 +20,21 @@ from torch.func import functional_call
 
 from fquant.calibration import at_site, require_sites, require_stats, state_types
 from fquant.interception.interpreter import Interpreter
+from fquant.interception.nesting import outside_transforms, transform_level
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
-from fquant.interception.nesting import outside_transforms, transform_level
 from fquant.interception.shadow import shadow_of
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
 from fquant.planning import opted
 from fquant.progress import progress_bar
-from fquant.qstate import State, fake_quantize_operand, qstate_names, zero_point_of
+from fquant.qstate import (
+    State,
+    dynamic_range,
+    fake_quantize_operand,
+    qstate_names,
+    zero_point_of,
+)
 
 Params = Mapping[str, Tensor]
 
@@ -241,19 +247,25 @@ class _FakeQuantize(_Planned):
         self.qstate = qstate
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        if action.dynamic:
-            return at_site(name, _fake, x, action, None)
-        zero_point = None if action.symmetric else self.qstate[zero_point_of(name)]
-        return at_site(name, _fake, x, action, self.qstate[name], zero_point)
+        return at_site(name, self._on_grid, name, x, action)
 
+    def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
+        if hasattr(x, "features"):
+            return x.with_features(self._on_grid(name, x.features, quantizer))
+        y = _grouped(x, quantizer.groups)
+        y = self.rounded(name, y, quantizer, *self._range(name, y, quantizer))
+        return y if quantizer.groups == 1 else y.reshape(x.shape)
 
-def _fake(
-    x: Any, quantizer: Quantizer, scale: Tensor | None, zero_point: Tensor | None = None
-) -> Any:
-    if hasattr(x, "features"):
-        return x.with_features(_fake(x.features, quantizer, scale, zero_point))
-    y = _grouped(x, quantizer.groups)
-    return fake_quantize_operand(y, quantizer, scale, zero_point).reshape(x.shape)
+    def _range(self, name: str, x: Tensor, q: Quantizer) -> tuple[Tensor, Tensor | None]:
+        if q.dynamic:
+            return dynamic_range(x, q)
+        return self.qstate[name], None if q.symmetric else self.qstate[zero_point_of(name)]
+
+    def rounded(
+        self, name: str, x: Tensor, quantizer: Quantizer, scale: Tensor, zero_point: Tensor | None
+    ) -> Tensor:
+        """Returns x on the grid."""
+        return fake_quantize_operand(x, quantizer, scale, zero_point)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fquant.checks import require_same_device
 from fquant.interception.stack import quantizable
 from fquant.records import QTensor
+from fquant.sparse import capture
 from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
 from fquant.sparse.tensor import SparseTensor
 
@@ -102,16 +102,8 @@ def convolve(
     """Returns the convolution over a kernel map: gather the neighbors, then one matrix product."""
     check_map(function, x, weight.shape, kernel_map)
     assert isinstance(x.features, Tensor)  # by check_conv_args
-    gathered = gather_neighbors(x.features, kernel_map.neighbors, 0.0)  # (K, M, Cin)
     flat_weight = weight.flatten(1, -2)  # (Cout, K, Cin)
-    y = torch.einsum("kmi,oki->mo", gathered, flat_weight)
-    return outputs(kernel_map, y if bias is None else y + bias)
-
-
-def gather_neighbors(features: Tensor, neighbors: Tensor, absent: float) -> Tensor:
-    """Returns `(K, M, C)`: the feature row each output reads at each offset, `absent` where none."""
-    padded = torch.cat([features, features.new_full((1, features.shape[1]), absent)])
-    return padded[torch.where(neighbors < 0, features.shape[0], neighbors)]
+    return outputs(kernel_map, capture.conv(x.features, flat_weight, kernel_map.neighbors, bias))
 
 
 def outputs(kernel_map: KernelMap, features: Tensor | QTensor) -> SparseTensor:

@@ -2,11 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from fquant.records import QTensor
-from fquant.sparse.conv import Sizes, check_map, gather_neighbors, outputs
+from fquant.sparse.capture import gather_neighbors, window_max
+from fquant.sparse.conv import Sizes, check_map, outputs
 from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
 
@@ -53,10 +53,9 @@ def max_pool(
     check_map("max_pool", x, None, kernel_map)
     if isinstance(x.features, QTensor):
         f = x.features
-        lowest = torch.iinfo(f.q.dtype).min
-        q = _window_max(f.q, kernel_map.neighbors, lowest)
+        q = window_max(f.q, kernel_map.neighbors)
         return outputs(kernel_map, QTensor(q, f.scale, f.zero_point, spec=f.spec, dtype=f.dtype))
-    return outputs(kernel_map, _window_max(x.features, kernel_map.neighbors, float("-inf")))
+    return outputs(kernel_map, window_max(x.features, kernel_map.neighbors))
 
 
 def avg_pool(
@@ -149,7 +148,3 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
             "fquant.dequantize the record first."
         )
     return x.features
-
-
-def _window_max(features: Tensor, neighbors: Tensor, lowest: float) -> Tensor:
-    return gather_neighbors(features, neighbors, lowest).max(dim=0).values
