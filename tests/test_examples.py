@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,40 +10,44 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sklearn")
+DATA = Path(os.environ.get("FQUANT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.delenv("FQUANT_DATA", raising=False)  # the digits of scikit-learn
+    if DATA.exists():
+        monkeypatch.setenv("FQUANT_DATA", str(DATA))
+    else:  # the digits of scikit-learn
+        monkeypatch.delenv("FQUANT_DATA", raising=False)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
 
 
 def test_cnn(example):
     percent = example("cnn").main(steps=80)
-    assert percent["float"] > 90
+    assert percent["float"] > 75
     assert percent["calibrated"] < percent["float"] - 1  # 3 bits cost something
-    assert percent["fine-tuned"] > percent["calibrated"] + 1
+    assert percent["fine-tuned"] > percent["calibrated"] + 5
 
 
 def test_transformer(example):
     results = example("transformer").main(steps=80)
-    assert results["float"] > 75
+    assert results["float"] > 60
     assert results["calibrated"] > results["float"] - 2
     assert results["quantizers"] == 2 * (2 + 3 + 2 + 2 + 2)  # attention: two products of three
 
 
 def test_lstm(example):
-    percent = example("lstm").main(steps=100)
-    assert percent["float"] > 75
-    assert min(percent["static"], percent["dynamic"]) > percent["float"] - 2
+    percent = example("lstm").main(steps=150)
+    assert percent["float"] > 50  # both kinds of digits, in few steps
+    assert min(percent["static"], percent["dynamic"]) > percent["float"] - 3
 
 
 def test_ensemble_of_settings(example):
     percent = example("ensemble").main(steps=80)
     assert len(set(percent.values())) > 2  # the settings differ
-    assert min(percent.values()) > 70
+    assert min(percent.values()) > 65
 
 
 def test_per_sample_gradients(example):
@@ -63,4 +68,4 @@ def test_two_processes_are_one(example, tmp_path):
     assert len(losses) == 20
     # Gradients of two halves are summed in another order.
     assert losses == pytest.approx(one_losses, rel=1e-4)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]

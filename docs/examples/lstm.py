@@ -28,7 +28,7 @@ def main(steps: int = 200) -> dict[str, float]:
     torch.manual_seed(0)
     data, model = load_images(), Net()
     params = train(lambda p, x: functional_call(model, p, (x,)), parameters(model), data, steps,
-                   lambda step: 0.01)  # fmt: skip
+                   lambda step: 0.02)  # fmt: skip
     results = {"float": accuracy(lambda p, x: functional_call(model, p, (x,)), params, data)}
     for name, rules in (("static", fq.w8a8()), ("dynamic", fq.w8a8(dynamic=True))):
         plan = fq.make_plan(model, rules, (data.train_images[:2],))
