@@ -67,12 +67,12 @@ def make_plan(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if fake:
             mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-            detached: dict[int, Tensor] = {}  # one for one, since modules compare their arguments by `is`
+            detached: dict[
+                int, Tensor
+            ] = {}  # one for one, since modules compare their arguments by `is`
 
             def without_data(t: Tensor) -> Tensor:
-                return mode.from_tensor(
-                    t if t.is_leaf else detached.setdefault(id(t), t.detach())
-                )
+                return mode.from_tensor(t if t.is_leaf else detached.setdefault(id(t), t.detach()))
 
             inputs = pytree.tree_map_only(Tensor, without_data, inputs)
             try:
