@@ -1,8 +1,10 @@
 """Batch norm in quantization: folded after training, folded while training, estimated anew.
 
-fold_batch_norm            parameters of an inference network, once, or inside a loss
-folded_conv_batch_norm     a block's forward that folds with the statistics of its batch
-estimate_batch_norm        running statistics of the quantized network, from data
+    fold_batch_norm            parameters of an inference network, once, or inside a loss
+    folded_conv_batch_norm     a block's forward that folds with the statistics of its batch
+    estimate_batch_norm        running statistics of the quantized network, from data
+
+All are functions of parameter dicts; no module is written.
 """
 
 from collections.abc import Callable, Iterable, Mapping

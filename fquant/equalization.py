@@ -1,7 +1,9 @@
 """Sharing ranges between neighbours, so that one grid serves channels of very different size.
 
-equalize            between a layer's input and its weight, in the scales; any model, by its plan
-equalize_layers     between one layer's outputs and the next one's inputs, in the parameters
+    equalize            between a layer's input and its weight, in the scales; any model, by its plan
+    equalize_layers     between one layer's outputs and the next one's inputs, in the parameters
+
+Both leave the float function as it is, but for rounding.
 """
 
 from collections.abc import Mapping
@@ -108,8 +110,8 @@ def _pairs_of(site: Site) -> list[_Pair]:
             continue
         if weight.quantizer.spec.axis != 0 or weight.quantizer.groups != 1:
             raise ValueError(
-                f"equalize: site {site.name!r} must have a weight of (outputs, inputs, ...) with a scale "
-                f"per output, got {weight.quantizer}."
+                f"equalize: site {site.name!r} must have a weight of (outputs, inputs, ...) with a "
+                f"scale per output, got {weight.quantizer}."
             )
         pairs.append(_Pair(weight, f"{site.name}.{role}", x, f"{site.name}.{partner}"))
     return pairs

@@ -8,7 +8,7 @@ return such lists, to be put behind rules of one's own.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 
@@ -110,7 +110,7 @@ class Quantizer:
             if isinstance(block, int):
                 axis = tuple(range(rank))
                 block = tuple(block if a == channel % rank else 1 for a in axis)
-        spec: Any = replace(self.spec, axis=axis)
+        spec: Any = replace(cast(QuantSpec, self.spec), axis=axis)  # any format is a dataclass
         if block is not None:
             spec = replace(spec, block=block)
         observer: Any = self.observer

@@ -67,9 +67,8 @@ def make_plan(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if fake:
             mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-            detached: dict[
-                int, Tensor
-            ] = {}  # one for one, since modules compare their arguments by `is`
+            # One for one, since modules compare their arguments by `is`.
+            detached: dict[int, Tensor] = {}
 
             def without_data(t: Tensor) -> Tensor:
                 return mode.from_tensor(t if t.is_leaf else detached.setdefault(id(t), t.detach()))

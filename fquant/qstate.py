@@ -95,7 +95,7 @@ def split_qstate(plan: Plan, qstate: State) -> tuple[dict[str, Tensor], dict[str
 
 def dynamic_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor | None]:
     """Returns (scale, zero_point) that x itself asks for; no zero point for a symmetric range."""
-    spec = quantizer.spec
+    spec: Any = quantizer.spec
     if quantizer.symmetric:
         return compute_scale(compute_amax(x, spec.axis, getattr(spec, "block", None)), spec), None
     low, high = quantizer.range_of(quantizer.observer.update(quantizer.observer.init(), x))
@@ -115,7 +115,7 @@ def fake_quantize_operand(
         scale: its step, from qstate or `dynamic_range`.
         zero_point: with `symmetric=False`.
     """
-    spec = quantizer.spec
+    spec: Any = quantizer.spec
     if quantizer.learn == "lsq":
         return fake_quantize_lsq(x, scale, spec=spec)
     if quantizer.learn == "pact":

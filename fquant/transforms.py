@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from fquant.calibration import at_site, require_sites, require_stats, state_types
 from fquant.interception.interpreter import Interpreter
+from fquant.interception.nesting import outside_transforms, transform_level
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.interception.shadow import shadow_of
@@ -227,10 +228,14 @@ class _Observe(_Planned):
     def __init__(self, program: _Program, stats: State) -> None:
         super().__init__(program)
         self.stats = dict(stats)
+        self.level = transform_level()
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
         values = floats_of(x)
         if not action.dynamic and values is not None:
+            if transform_level() != self.level:
+                axis = getattr(action.observer, "axis", None)
+                values = at_site(name, outside_transforms, values, self.level, axis)
             values = _grouped(values, action.groups)
             self.stats[name] = at_site(name, action.observer.update, self.stats[name], values)
         return x

@@ -123,5 +123,5 @@ def test_recurrent_speaker_encoder_in_8_bits_keeps_its_error_rate(monkeypatch):
         exact, y = model(windows), fq.fake_quant(model, plan)(params, qstate, windows)
     before, after = (equal_error_rate(e, speakers, utterances) for e in (exact, y))
     print(f"voice LSTM w8a8: EER {after:.3f} % (float {before:.3f} %), {sqnr(exact, y):.2f} dB")
-    assert before == pytest.approx(2.80, abs=0.03)  # the network and the protocol are the known ones
+    assert before == pytest.approx(2.80, abs=0.03)  # the known network and protocol
     assert after <= 4.0

@@ -52,7 +52,9 @@ class Bert(Projections):
     """`matmul`, an additive padding mask of -1e9, a residual and LayerNorm, a GELU block."""
 
     def __init__(self):
-        super().__init__(query=(D, D), key=(D, D), value=(D, D), dense=(D, D), up=(D, 16), down=(16, D))
+        super().__init__(
+            query=(D, D), key=(D, D), value=(D, D), dense=(D, D), up=(D, 16), down=(16, D)
+        )
         self.norm = nn.LayerNorm(D)
 
     def forward(self, x):
@@ -152,7 +154,7 @@ class Cross(Projections):
 PATTERNS = {
     Opt: (5, ["bmm#0", "bmm#1"], 4),
     Bert: (5, ["matmul#0", "matmul#1"], 6),
-    Detr: (4, ["cross_attn/matmul#0", "cross_attn/matmul#1", "self_attn/matmul#0", "self_attn/matmul#1"], 9),
+    Detr: (4, [f"{m}/matmul#{i}" for m in ("cross_attn", "self_attn") for i in (0, 1)], 9),
     Swin: (16, ["matmul#0", "matmul#1"], 2),
     CodeGen: (5, ["matmul#0", "matmul#1"], 2),
     Cross: (4, ["einsum#0", "einsum#1"], 4),
@@ -175,7 +177,7 @@ def test_pattern(pattern):
     found = [s for s in plan.sites if s.op in ("matmul", "bmm", "einsum")]
     assert sorted(s.name for s in found) == products
     assert all(len(s.operands) == 2 for s in found)
-    for site in by_op.get("add", []):  # residual sums, of features; scores and masks have other shapes
+    for site in by_op.get("add", []):  # of features: scores and masks have other shapes
         assert all(o.shape[-1] in (D, D // H) for o in site.operands), site
     stats = fq.calibrate_model(model, plan, params, [x], progress=False)
     qstate, forward = fq.finalize(plan, stats), fq.fake_quant(model, plan)

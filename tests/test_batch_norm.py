@@ -81,7 +81,9 @@ def test_gamma_zero_has_values_and_gradients_under_quantization():
 
 def test_folding_names_what_is_wrong():
     with pytest.raises(TypeError, match=r"layer must be nn.Linear or .*got ConvTranspose1d"):
-        fq.folded_conv_batch_norm(nn.ConvTranspose1d(2, 2, 2), nn.BatchNorm1d(2), torch.ones(1, 2, 3))
+        fq.folded_conv_batch_norm(
+            nn.ConvTranspose1d(2, 2, 2), nn.BatchNorm1d(2), torch.ones(1, 2, 3)
+        )
     with pytest.raises(ValueError, match=r"x must be \(batch, features\).*got \(1, 2, 3\)"):
         fq.folded_conv_batch_norm(nn.Linear(3, 2), nn.BatchNorm1d(2), torch.ones(1, 2, 3))
 

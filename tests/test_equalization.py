@@ -25,7 +25,9 @@ def prepared(name, seed=0):
     build, shape, axis = LAYERS[name]
     generator = torch.Generator().manual_seed(seed)
     model = build().double()
-    params = {n: torch.randn(p.shape, generator=generator).double() for n, p in model.named_parameters()}
+    params = {
+        n: torch.randn(p.shape, generator=generator).double() for n, p in model.named_parameters()
+    }
     sizes = 10.0 ** torch.linspace(-2, 1, 6, dtype=torch.float64)
     w = params["weight"]
     groups = 6 // w.shape[1]
@@ -64,14 +66,16 @@ def test_values_are_those_of_the_divided_input_and_the_multiplied_weight(strengt
     shared = fq.equalize(plan, params, qstate, strength)
     y = fq.fake_quant(model, plan)(params, shared, x)
     # The definition: one scale for x / factor, one per output for w * factor.
-    x_name, w_name = plan.quantizers
+    x_name, _ = plan.quantizers
     amax_x = qstate[x_name] * 127
     groups = 6 // params["weight"].shape[1]
     by_group = params["weight"].reshape(groups, -1, *params["weight"].shape[1:])
     amax_w = fq.compute_amax(by_group, axis=(0, 2)).flatten().view(qstate[x_name].shape)
     factor = amax_x**strength / amax_w ** (1 - strength)
     spec = fq.QuantSpec()
-    divided = fq.fake_quantize(x / factor, fq.compute_scale((amax_x / factor).max(), spec), spec=spec)
+    divided = fq.fake_quantize(
+        x / factor, fq.compute_scale((amax_x / factor).max(), spec), spec=spec
+    )
     of_weight = factor.flatten().view(groups, 1, -1, *[1] * (by_group.ndim - 3))
     narrow = fq.QuantSpec(narrow_range=True)
     multiplied = (by_group * of_weight).reshape(params["weight"].shape)
@@ -154,7 +158,10 @@ def test_layers_are_equalized_and_compute_the_same(seed, middle):
     equal = fq.equalize_layers(model, folded, {"0 1": "3", "3": "5"})
     assert all(torch.equal(folded[n], before[n]) for n in before)
     torch.testing.assert_close(
-        functional_call(model, equal, (x,)), functional_call(model, params, (x,)), rtol=1e-10, atol=1e-10
+        functional_call(model, equal, (x,)),
+        functional_call(model, params, (x,)),
+        rtol=1e-10,
+        atol=1e-10,
     )
     after = fq.compute_amax(equal["3.weight"], 0).flatten()
     reads = fq.compute_amax(equal["5.weight"], 1).flatten()

@@ -304,10 +304,17 @@ def test_distinct_and_unknown_names_are_told():
         forward(params, {**qstate, "linear#0.weight": torch.ones(3, 1)}, x)
     with pytest.raises(ValueError, match=r"stats must have every .*, lacks"):
         fq.observe(model, plan)(params, {}, x)
-    other = fq.make_plan(model, [fq.OpRule(inputs=fq.Quantizer(observer=fq.HistogramObserver()))], (x,))
+    other = fq.make_plan(
+        model, [fq.OpRule(inputs=fq.Quantizer(observer=fq.HistogramObserver()))], (x,)
+    )
     of_max = {"linear#0.input": fq.MaxObserver().init()}
-    for call in (lambda: fq.finalize(other, of_max), lambda: fq.observe(model, other)(params, of_max, x)):
-        with pytest.raises(ValueError, match=r"HistogramState at site 'linear#0.input', got MaxState"):
+    for call in (
+        lambda: fq.finalize(other, of_max),
+        lambda: fq.observe(model, other)(params, of_max, x),
+    ):
+        with pytest.raises(
+            ValueError, match=r"HistogramState at site 'linear#0.input', got MaxState"
+        ):
             call()
     with pytest.raises(ValueError, match=r"rules must name operations of ops, .*got \['conv9d'\]"):
         fq.make_plan(model, [fq.OpRule(ops=("conv9d",))], (x,))

@@ -1,4 +1,4 @@
-"""What one quantizer of a plan can be: asymmetric, blocked, learned by LSQ or PACT, with its own observer."""
+"""What one quantizer of a plan can be: asymmetric, in blocks, learned, with its own observer."""
 
 import pytest
 import torch
@@ -52,10 +52,10 @@ def test_dynamic_asymmetric_ranges_follow_each_row():
     forward, params, qstate, *_ = prepared(quantizer)
     assert qstate == {}
     x = X * torch.logspace(0, 3, 8).unsqueeze(1)
+    spec = fq.QuantSpec(4)
     rows = [
-        fq.fake_quantize(r, *fq.compute_scale_zero_point(r.min(), r.max(), fq.QuantSpec(4)), fq.QuantSpec(4))
-        for r in x
-    ]  # fmt: skip
+        fq.fake_quantize(r, *fq.compute_scale_zero_point(r.min(), r.max(), spec), spec) for r in x
+    ]
     assert torch.equal(forward(params, qstate, x), F.linear(torch.stack(rows), params["weight"]))
 
 
@@ -63,10 +63,11 @@ def test_blocks_along_features_have_ranges_of_their_own():
     quantizer = fq.Quantizer(fq.QuantSpec(4, block=3), "token", dynamic=True)
     forward, params, qstate, *_ = prepared(quantizer)
     x = X * torch.tensor([1.0, 1.0, 1.0, 1e3, 1e3, 1e3])
+    spec = fq.QuantSpec(4)
     blocks = [
-        fq.fake_quantize(part, fq.compute_scale(fq.compute_amax(part, 0), fq.QuantSpec(4)), spec=fq.QuantSpec(4))
+        fq.fake_quantize(part, fq.compute_scale(fq.compute_amax(part, 0), spec), spec=spec)
         for part in x.split(3, dim=1)
-    ]  # fmt: skip
+    ]
     assert torch.equal(forward(params, qstate, x), F.linear(torch.cat(blocks, 1), params["weight"]))
     weight = fq.Quantizer(fq.QuantSpec(4, axis=(0, 1), block=(1, 3)), per="axis")
     forward, params, qstate, *_ = prepared(None, weight=weight)
@@ -98,7 +99,8 @@ def test_learned_scales_have_the_values_of_frozen_ones_and_their_own_derivative(
         return forward(params, qstate, x).square().sum()
 
     expected = torch.func.grad(by_hand)(torch.tensor(0.3))
-    for gradient in (torch.func.grad(loss)(qstate), torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(qstate)):  # fmt: skip
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    for gradient in (torch.func.grad(loss)(qstate), compiled(qstate)):
         torch.testing.assert_close(gradient["linear#0.input"], expected)
     others = {True, "lsq", "pact"} - {learn}
     for other in others:
@@ -114,9 +116,7 @@ def test_every_rule_has_its_own_observer():
         fq.MovingAverageObserver(0.5),
         fq.HistogramObserver(percentile=90.0),
     ]
-    rules = [
-        fq.OpRule(str(i), inputs=fq.Quantizer(observer=kind)) for i, kind in enumerate(kinds)
-    ]
+    rules = [fq.OpRule(str(i), inputs=fq.Quantizer(observer=kind)) for i, kind in enumerate(kinds)]
     plan = fq.make_plan(model, rules, (X,))
     assert [type(o) for o in plan.observers.values()] == [type(kind) for kind in kinds]
     params = dict(model.named_parameters())
@@ -132,7 +132,7 @@ def test_every_rule_has_its_own_observer():
 
 def test_scales_are_observed_again_every_so_many_steps():
     """The loop of a training run: frozen scales, taken anew every 3 steps from what those steps saw."""
-    forward, params, qstate, plan, _ = prepared(fq.QuantSpec(), weight=fq.QuantSpec())
+    _, params, qstate, plan, _ = prepared(fq.QuantSpec(), weight=fq.QuantSpec())
     model = nn.Linear(6, 2, bias=False)
     watch = fq.observe(model, plan)
     stats, history = fq.init_stats(plan), []

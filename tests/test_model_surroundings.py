@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,10 @@ def test_checkpointing_inside_a_model_fails_loudly_and_works_by_block():
     # What the documentation says to do: the block is a function of its own, and that is checkpointed.
     names = {part: {n for n in params if n.startswith(part)} for part in ("block.", "head.")}
     parts = {}
-    for part, module, example in (("block.", model.block, x), ("head.", model.head, model.block(x))):
+    for part, module, example in (
+        ("block.", model.block, x),
+        ("head.", model.head, model.block(x)),
+    ):
         part_plan, _, part_q = prepared(module, example)
         parts[part] = (fq.fake_quant(module, part_plan), part_q)
 
@@ -107,8 +111,9 @@ def test_checkpointing_inside_a_model_fails_loudly_and_works_by_block():
         h = x
         for part, (function, q) in parts.items():
             own = {n.removeprefix(part): leaves[n] for n in names[part]}
-            h = checkpoint(function, own, q, h, use_reentrant=False) if use_checkpoint else function(own, q, h)
-        return h  # fmt: skip
+            call = partial(checkpoint, use_reentrant=False) if use_checkpoint else _call
+            h = call(function, own, q, h)
+        return h
 
     gradients = []
     for use_checkpoint in (False, True):
@@ -116,6 +121,10 @@ def test_checkpointing_inside_a_model_fails_loudly_and_works_by_block():
         forward(leaves, use_checkpoint).square().sum().backward()
         gradients.append([p.grad for p in leaves.values()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def _call(function, *args):
+    return function(*args)
 
 
 class Score(nn.Module):
@@ -131,14 +140,21 @@ class Score(nn.Module):
 
 def test_transforms_inside_a_model():
     model, x = Score(), torch.randn(6, 4)
-    rules = [fq.OpRule(weight=fq.QuantSpec(4, narrow_range=True))]
-    plan, params, qstate = prepared(model, x, rules)
+    w4 = fq.OpRule(weight=fq.QuantSpec(4, narrow_range=True))
+    plan, params, qstate = prepared(model, x, [w4])
     assert sorted(plan.quantizers) == ["energy.0/linear#0.weight", "energy.2/linear#0.weight"]
     forward = fq.fake_quant(model, plan)
+    for per, amax in (("tensor", x.abs().max()), ("channel", x.abs().amax(0))):
+        watching = fq.OpRule(inputs=fq.Quantizer(per=per))
+        _, _, seen = prepared(model, x, [watching])  # no wrapper of the inner vmap may leave
+        scale = seen["energy.0/linear#0.input"]
+        assert torch.equal(scale.flatten(), (amax / 127).flatten())
     rounded = dict(params)
     for i in (0, 2):
         name, spec = f"energy.{i}.weight", fq.QuantSpec(4, narrow_range=True)
-        rounded[name] = fq.fake_quantize(params[name], qstate[f"energy.{i}/linear#0.weight"], spec=spec)
+        rounded[name] = fq.fake_quantize(
+            params[name], qstate[f"energy.{i}/linear#0.weight"], spec=spec
+        )
     expected = torch.func.functional_call(model, rounded, (x,))
     torch.testing.assert_close(forward(params, qstate, x), expected)
     per_row = torch.func.vmap(forward, in_dims=(None, None, 0))(params, qstate, x.unsqueeze(1))
@@ -180,9 +196,9 @@ def test_under_fsdp2_as_one_unit():
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*run, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["equal", "equal"]
+    assert done.stdout.count("equal") == 2
 
 
 def test_merging_over_ranks_needs_ranks():
-    with pytest.raises(RuntimeError, match="torch.distributed must be initialized"):
+    with pytest.raises(RuntimeError, match=r"torch.distributed must be initialized"):
         fq.merge_stats_over_ranks({}, {})

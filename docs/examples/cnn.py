@@ -1,6 +1,6 @@
 """A CNN with batch norm and a residual sum: float, after calibration, after fine-tuning.
 
-python docs/examples/cnn.py
+Run it: `python docs/examples/cnn.py`.
 """
 
 import torch

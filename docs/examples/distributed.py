@@ -1,7 +1,6 @@
 """Calibration and fine-tuning on several processes: one exchange of statistics, then DDP.
 
-torchrun --nproc-per-node 2 docs/examples/distributed.py
-python docs/examples/distributed.py                        the same on one process
+Run it: `torchrun --nproc-per-node 2 docs/examples/distributed.py`; without torchrun it is one process.
 """
 
 import json

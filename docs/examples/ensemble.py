@@ -1,6 +1,6 @@
 """An ensemble of quantization settings in one `vmap`: four calibrations of one network at once.
 
-python docs/examples/ensemble.py
+Run it: `python docs/examples/ensemble.py`.
 """
 
 import torch

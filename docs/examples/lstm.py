@@ -1,6 +1,6 @@
 """An LSTM over the rows of images, in 8 bits: `nn.LSTM` as it is, dynamic ranges per row and step.
 
-python docs/examples/lstm.py
+Run it: `python docs/examples/lstm.py`.
 """
 
 import torch

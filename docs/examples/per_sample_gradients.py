@@ -1,6 +1,6 @@
 """The gradient of a quantized network for every image on its own, as private or robust training needs.
 
-python docs/examples/per_sample_gradients.py
+Run it: `python docs/examples/per_sample_gradients.py`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """torch's own Transformer layers on the rows of images, in 8 bits, all but the first and last layer.
 
-python docs/examples/transformer.py
+Run it: `python docs/examples/transformer.py`.
 """
 
 import torch
