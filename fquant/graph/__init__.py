@@ -7,8 +7,8 @@ tidy       exact rewrites that bring Q/DQ nodes next to the layers they belong t
 pattern    what a line of a lowering table is about
 kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
+onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
-onnx       a program with Q/DQ nodes -> ONNX
 """
 
 from fquant.graph.editor import Editor

@@ -123,16 +123,17 @@ def _type_codes(model: Any) -> None:
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
             node.outputs[0].dtype = ir.DataType(node.attributes["output_dtype"].as_int())
-        stored = node.inputs[0] if node.op_type == "Cast" else None
-        to = ir.DataType(node.attributes["to"].as_int()) if stored is not None else None
-        users = [] if stored is None else [user for user, _ in node.outputs[0].uses()]
-        if not users or any(u.op_type != "DequantizeLinear" for u in users):
+        if node.op_type != "Cast":
             continue
+        stored, to = node.inputs[0], ir.DataType(node.attributes["to"].as_int())
+        users = node.outputs[0].uses()
+        if not users or any(u.op_type != "DequantizeLinear" or at != 0 for u, at in users):
+            continue
+        if stored.const_value is None:
+            raise ValueError(f"to_onnx: codes must be of a Q node or stored, got {stored.name}.")
         if stored.name not in typed:
-            codes = stored.const_value.numpy()
-            codes = (
-                codes.view(to.numpy()) if to.name.startswith("FLOAT8") else codes.astype(to.numpy())
-            )
+            codes, dtype = stored.const_value.numpy(), to.numpy()
+            codes = codes.view(dtype) if to.name.startswith("FLOAT8") else codes.astype(dtype)
             typed[stored.name] = ir.tensor(codes, name=stored.name)
         node.outputs[0].replace_all_uses_with(stored)
         graph.remove(node, safe=True)

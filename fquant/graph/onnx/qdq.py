@@ -82,27 +82,34 @@ class _Layout:
 
     def operands(self, x: Any, scale: Any, zero_point: Any, data_type: Any) -> list[Any]:
         """Returns the scale, and the zero point if there is one, as the operators take them."""
-        values = [scale] if zero_point is None else [scale, zero_point]
-        if "block_size" in self.attributes:
-            values = [self._repeated(x, v, (self.attributes["axis"],)) for v in values]
-        elif self.attributes:
-            values = [self.op.Reshape(v, self.op.Constant(value_ints=[-1])) for v in values]
-        else:
-            values = [self.op.Squeeze(v) if len(v.shape) else v for v in values]
-        return [values[0], *(self.op.Cast(v, to=data_type) for v in values[1:])]
+        if zero_point is None:
+            return [self._operand(x, scale)]
+        return [
+            self._operand(x, scale),
+            self.op.Cast(self._operand(x, zero_point), to=data_type),
+        ]
 
     def clipped(self, x: Any, scale: Any, zero_point: Any, spec: Format) -> Any:
         """Returns x within the format's range."""
         op = self.op
-        step = self._repeated(x, scale, ())
+        shaped = self._repeated if self.attributes else self._operand
         bounds = [op.Constant(value_float=float(b)) for b in (spec.q_min, spec.q_max)]
         if zero_point is not None:
-            shift = op.Cast(self._repeated(x, zero_point, ()), to=1)  # FLOAT
+            shift = op.Cast(shaped(x, zero_point), to=1)  # FLOAT
             bounds = [op.Sub(bound, shift) for bound in bounds]
-        low, high = (op.Mul(bound, step) for bound in bounds)
-        return op.Min(op.Max(x, low), high)
+        low, high = (op.Mul(bound, shaped(x, scale)) for bound in bounds)
+        if self.attributes:
+            return op.Min(op.Max(x, low), high)
+        return op.Clip(x, low, high)  # which takes no tensors
 
-    def _repeated(self, x: Any, value: Any, but: tuple[int, ...]) -> Any:
+    def _operand(self, x: Any, value: Any) -> Any:
+        if "block_size" in self.attributes:
+            return self._repeated(x, value, (self.attributes["axis"],))
+        if self.attributes:
+            return self.op.Reshape(value, self.op.Constant(value_ints=[-1]))
+        return self.op.Squeeze(value) if len(value.shape) else value
+
+    def _repeated(self, x: Any, value: Any, but: tuple[int, ...] = ()) -> Any:
         """Returns a value of the scale's shape repeated to x's shape, but for some axes.
 
         Without exceptions, axes of size 1 stay: they broadcast.
@@ -117,9 +124,9 @@ class _Layout:
             value = op.Unsqueeze(value, op.Constant(value_ints=[axis + 1]))
             value = op.Expand(value, op.Constant(value_ints=apart))
             value = op.Reshape(value, op.Constant(value_ints=have))
-        if but and have != [h if a in but else w for a, (h, w) in enumerate(zip(have, self.want))]:
-            (axis,) = but
-            here = op.Constant(value_ints=[have[axis]])
-            sides = [op.Shape(x, start=0, end=axis), here, op.Shape(x, start=axis + 1)]
-            value = op.Expand(value, op.Concat(*sides, axis=0))
+        for axis in but:
+            if have != [*self.want[:axis], have[axis], *self.want[axis + 1 :]]:
+                here = op.Constant(value_ints=[have[axis]])
+                sides = [op.Shape(x, start=0, end=axis), here, op.Shape(x, start=axis + 1)]
+                value = op.Expand(value, op.Concat(*sides, axis=0))
         return value

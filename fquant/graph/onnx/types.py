@@ -42,8 +42,8 @@ def onnx_type_of(spec: Format) -> OnnxType | None:
         bits = next(b for b in (4, 8, 16) if b >= spec.num_bits)
         whole = bits == spec.num_bits and not spec.narrow_range
         return OnnxType(types[f"{'U' if spec.unsigned else ''}INT{bits}"], whole)
-    if isinstance(spec, FloatFormat) and spec.subnormals:
+    if isinstance(spec, FloatFormat) and spec.subnormals and spec.max is None:
         name = _FLOATS.get((spec.exp, spec.man, spec.exponent_bias, spec.finite))
         if name is not None:
-            return OnnxType(types[name], spec.max is None)
+            return OnnxType(types[name], True)
     return None
