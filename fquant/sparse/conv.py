@@ -8,6 +8,7 @@ from torch import Tensor
 from fquant.checks import require_same_device
 from fquant.interception.stack import quantizable
 from fquant.records import QTensor
+from fquant.sparse import eager_conv
 from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
 from fquant.sparse.tensor import SparseTensor
 
@@ -102,9 +103,12 @@ def convolve(
     """Returns the convolution over a kernel map: gather the neighbors, then one matrix product."""
     check_map(function, x, weight.shape, kernel_map)
     assert isinstance(x.features, Tensor)  # by check_conv_args
-    gathered = gather_neighbors(x.features, kernel_map.neighbors, 0.0)  # (K, M, Cin)
     flat_weight = weight.flatten(1, -2)  # (Cout, K, Cin)
-    y = torch.einsum("kmi,oki->mo", gathered, flat_weight)
+    if eager_conv.applies_to(x.features, weight):
+        y = eager_conv.eager_conv(x.features, flat_weight, kernel_map.neighbors)
+    else:
+        gathered = gather_neighbors(x.features, kernel_map.neighbors, 0.0)  # (K, M, Cin)
+        y = torch.einsum("kmi,oki->mo", gathered, flat_weight)
     return outputs(kernel_map, y if bias is None else y + bias)
 
 
