@@ -173,11 +173,6 @@ def intersection_over_union(predicted: Tensor, labels: Tensor, num_classes: int)
     return 100 * both.diag() / (both.sum(0) + both.sum(1) - both.diag()).clamp(min=1)
 
 
-def mean_iou(row: Row, labels: Tensor, num_classes: int) -> float:
-    """Returns the mean over classes, in percent."""
-    return intersection_over_union(row.logits.argmax(1), labels, num_classes).mean().item()
-
-
 def run(
     task: Task,
     steps: int = 160,
@@ -200,32 +195,16 @@ def run(
     ptq = recipe.quantize_network(layers, 3, int8, trained, calibration, progress)
     schedule = fine_tuning(steps, rate)
     batches = training_batches(layers, task, schedule.steps, seed + 1)
-    qat = recipe.fine_tune(ptq, batches, schedule, progress)
+    qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
     test = [voxelized(layers, cloud, task.voxel) for cloud in task.test]
     rows = recipe.compare(layers, ptq, qat, test, repeats)
     labels = torch.cat([batch.labels for batch in test])
     result = Result(rows, labels, choices, task.classes)
-    print(f"\n{table(result)}")
+    count = len(task.classes)
+    metrics = {"mIoU %": lambda p, labels: intersection_over_union(p, labels, count).mean().item()}
+    print(f"\n{recipe.table(rows, labels, metrics, 'ms / scan')}")
     return result
-
-
-def table(result: Result) -> str:
-    """Returns the rows as text; agreement is the share of points that are classed as float does."""
-    first = result.rows[0].logits.argmax(1)
-    lines = [
-        f"{'network':<12}{'mIoU %':>8}{'accuracy %':>12}{'agreement %':>13}"
-        f"{'parameter bytes':>17}{'ms / scan':>11}"
-    ]
-    for row in result.rows:
-        predicted = row.logits.argmax(1)
-        accuracy = 100 * (predicted == result.labels).double().mean().item()
-        agreement = 100 * (predicted == first).double().mean().item()
-        lines.append(
-            f"{row.name:<12}{mean_iou(row, result.labels, len(result.classes)):>8.2f}"
-            f"{accuracy:>12.2f}{agreement:>13.2f}{row.parameter_bytes:>17,}{row.milliseconds:>11.1f}"
-        )
-    return "\n".join(lines)
 
 
 def save_picture(path: Path, cloud: Cloud, result: Result) -> bool:

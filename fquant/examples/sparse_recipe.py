@@ -7,7 +7,7 @@ Everything is a function of parameter dicts: gradients by `torch.func.grad`, the
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import fquant as fq
+from fquant.demo.report import accuracy
 from fquant.demo.training import adam_init, adam_step
 from fquant.progress import progress_bar
 from fquant.sparse import SparseTensor
@@ -152,20 +153,33 @@ def quantize_network(
 
 
 def fine_tune(
-    quantized: Quantized, batches: Iterable[Batch], schedule: fq.FineTuning, progress: bool | None
+    layers: Sequence[Layer],
+    quantized: Quantized,
+    batches: Iterable[Batch],
+    schedule: fq.FineTuning,
+    progress: bool | None,
 ) -> Quantized:
-    """Returns the network after quantization-aware training, the scales of calibration left as they are."""
-    forward = fq.fake_quant(quantized.model, quantized.plan)
+    """Returns the network after quantization-aware training, the scales of calibration left as they are.
 
-    def loss(params: Params, batch: Batch) -> Tensor:
-        return loss_of(forward(params, quantized.scales, batch.x, batch.maps), batch)
+    It learns the float network's predictions, not the labels: what rounding changed is brought back, and
+    nothing else moves (distillation: Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
+    """
+    forward = fq.fake_quant(quantized.model, quantized.plan)
+    teacher = int8_network(layers, frozenset())
+    in_float = Deployed(dict(quantized.params), {})
+
+    def loss(params: Params, batch: Batch, wanted: Tensor) -> Tensor:
+        output = forward(params, quantized.scales, batch.x, batch.maps)
+        return F.cross_entropy(logits_of(output), wanted)
 
     gradient = torch.func.grad(loss)
     params = quantized.params
     state = adam_init(params)
     for step, batch in enumerate(progress_bar(batches, "fine-tune with fake quantization", progress)):
+        with torch.no_grad():
+            wanted = logits_of(teacher(in_float, batch.x, batch.maps)).softmax(dim=1)
         rate = schedule.learning_rate(step)
-        params, state = adam_step(params, gradient(params, batch), state, rate)
+        params, state = adam_step(params, gradient(params, batch, wanted), state, rate)
     return quantized._replace(params=params)
 
 
@@ -202,6 +216,26 @@ def compare(
             seconds = _seconds(forward, batches, repeats)
             rows.append(Row(name, logits, _bytes(params), 1e3 * seconds))
     return rows
+
+
+def table(
+    rows: Sequence[Row],
+    labels: Tensor,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], float]],
+    time_unit: str,
+) -> str:
+    """Returns the rows as text; agreement is the share of labels predicted as the first row does."""
+    first = rows[0].logits.argmax(1)
+    columns = [*metrics, "accuracy %", "agreement %"]
+    head = "".join(f"{name:>13}" for name in columns)
+    lines = [f"{'network':<12}{head}{'parameter bytes':>17}{time_unit:>13}"]
+    for row in rows:
+        predicted = row.logits.argmax(1)
+        figures = [metric(predicted, labels) for metric in metrics.values()]
+        figures += [accuracy(row.logits, labels), accuracy(row.logits, first)]
+        text = "".join(f"{figure:>13.2f}" for figure in figures)
+        lines.append(f"{row.name:<12}{text}{row.parameter_bytes:>17,}{row.milliseconds:>13.1f}")
+    return "\n".join(lines)
 
 
 def _seconds(

@@ -5,6 +5,7 @@ y = subm_conv(x, weight, bias, kernel_map=kernel_map)        float, under any to
 y = sparse_conv_int8(x, weight, bias, kernel_map=...)        int8, fused, no derivative
 """
 
+from fquant.sparse.capacity import pad_map, pad_to_capacity, valid_count, without_padding
 from fquant.sparse.conv import sparse_conv, subm_conv
 from fquant.sparse.int8 import sparse_conv_int8
 from fquant.sparse.kernel_map import (
@@ -27,10 +28,14 @@ __all__ = [
     "global_avg_pool",
     "global_max_pool",
     "max_pool",
+    "pad_map",
+    "pad_to_capacity",
     "sparse_conv",
     "sparse_conv_int8",
     "subm_conv",
     "subm_map",
     "transpose_map",
     "transposed_conv_map",
+    "valid_count",
+    "without_padding",
 ]

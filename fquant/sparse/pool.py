@@ -114,12 +114,14 @@ def global_avg_pool(x: SparseTensor, *, count_absent: bool = True) -> Tensor:
         (tensor([[3.]]), tensor([[4.]]))
     """
     features = _float_features("global_avg_pool", x)
-    sample = x.coords[:, 0].long()
-    total = features.new_zeros(x.batch_size, features.shape[1]).index_add(0, sample, features)
+    sample = _sample_of_row(x)
+    total = features.new_zeros(x.batch_size + 1, features.shape[1]).index_add(0, sample, features)
+    total = total[: x.batch_size]
     if count_absent:
         return total / math.prod(x.spatial_shape)
     ones = features.new_ones(features.shape[0])
-    count = features.new_zeros(x.batch_size).index_add(0, sample, ones).clamp(min=1)
+    count = features.new_zeros(x.batch_size + 1).index_add(0, sample, ones).clamp(min=1)
+    count = count[: x.batch_size]
     return total / count.unsqueeze(1)
 
 
@@ -134,10 +136,17 @@ def global_max_pool(x: SparseTensor) -> Tensor:
         tensor([[-2.]])
     """
     features = _float_features("global_max_pool", x)
-    sample = x.coords[:, :1].long().expand(-1, features.shape[1])
-    return features.new_zeros(x.batch_size, features.shape[1]).scatter_reduce(
+    sample = _sample_of_row(x).unsqueeze(1).expand(-1, features.shape[1])
+    largest = features.new_zeros(x.batch_size + 1, features.shape[1]).scatter_reduce(
         0, sample, features, "amax", include_self=False
     )
+    return largest[: x.batch_size]
+
+
+def _sample_of_row(x: SparseTensor) -> Tensor:
+    """Returns the sample of each row; rows of padding (see `capacity`) get one more, to be dropped."""
+    sample = x.coords[:, 0].long()
+    return torch.where(sample < 0, x.batch_size, sample)
 
 
 def _float_features(function: str, x: SparseTensor) -> Tensor:

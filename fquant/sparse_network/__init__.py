@@ -14,6 +14,7 @@
 """
 
 from fquant.sparse_network.batch_norm import fold_network
+from fquant.sparse_network.capacity import level_counts, pad_network
 from fquant.sparse_network.choice import (
     Choice,
     LayerTime,
@@ -43,8 +44,10 @@ __all__ = [
     "fold_network",
     "int8_network",
     "int8_rules",
+    "level_counts",
     "make_maps",
     "measured_times",
+    "pad_network",
     "quantized_values",
     "tie_scales",
     "to_int8",

@@ -171,11 +171,11 @@ def of_size(num_voxels: int) -> Scene:
         sweeps *= 2
 
 
-def data_folder() -> Path | None:
-    """Returns the folder of real scans: `$FQUANT_DATA/lidar`, else `../shared/data/lidar`."""
+def data_folder(name: str = "lidar") -> Path | None:
+    """Returns a folder of real data: `$FQUANT_DATA/{name}`, else `../shared/data/{name}`, if it is there."""
     root = os.environ.get("FQUANT_DATA")
     folder = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
-    return folder / "lidar" if (folder / "lidar").is_dir() else None
+    return folder / name if (folder / name).is_dir() else None
 
 
 REAL = {
