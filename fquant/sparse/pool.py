@@ -1,12 +1,14 @@
 """Pooling, per window and per sample."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from fquant.records import QTensor
-from fquant.sparse.conv import Sizes, check_map, gather_neighbors, outputs
+from fquant.sparse.conv import check_map, gather_neighbors, outputs
+from fquant.sparse.geometry import Sizes
 from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
 
@@ -65,6 +67,7 @@ def avg_pool(
     stride: Sizes | None = None,
     padding: Sizes = 0,
     *,
+    dilation: Sizes = 1,
     count_absent: bool = True,
     kernel_map: KernelMap | None = None,
 ) -> SparseTensor:
@@ -75,10 +78,11 @@ def avg_pool(
         kernel_size: cells per axis of a window.
         stride: cells from window to window; None for kernel_size.
         padding: cells around the grid that windows may reach into.
+        dilation: cells between the cells of a window.
         count_absent: whether absent cells count as zeros, as `torch.nn.functional.avg_pool` of the
             densified tensor has it; otherwise the mean is over active cells, as spconv has it.
-        kernel_map: `conv_map(x, kernel_size, stride, padding)`, to share it and to stay traceable;
-            None to build it here, in eager code.
+        kernel_map: `conv_map(x, kernel_size, stride, padding, dilation)`, to share it and to stay
+            traceable; None to build it here, in eager code.
 
     Raises:
         TypeError: x is no SparseTensor of float features.
@@ -91,9 +95,11 @@ def avg_pool(
     """
     features = _float_features("avg_pool", x)
     if kernel_map is None:
-        kernel_map = conv_map(x, kernel_size, kernel_size if stride is None else stride, padding)
+        kernel_map = conv_map(
+            x, kernel_size, kernel_size if stride is None else stride, padding, dilation
+        )
     check_map("avg_pool", x, None, kernel_map)
-    total = gather_neighbors(features, kernel_map.neighbors, 0.0).sum(dim=0)
+    total = gather_neighbors(features, kernel_map.neighbors, 0.0).sum(dim=1)
     if count_absent:
         return outputs(kernel_map, total / kernel_map.neighbors.shape[0])
     present = (kernel_map.neighbors >= 0).sum(dim=0).clamp(min=1).to(total.dtype)
@@ -161,4 +167,8 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
 
 
 def _window_max(features: Tensor, neighbors: Tensor, lowest: float) -> Tensor:
-    return gather_neighbors(features, neighbors, lowest).max(dim=0).values
+    if torch.is_grad_enabled() and features.is_floating_point():
+        return gather_neighbors(features, neighbors, lowest).max(dim=1).values
+    padded = torch.cat([features, features.new_full((1, features.shape[1]), lowest)])
+    taps = torch.where(neighbors < 0, features.shape[0], neighbors).unbind()
+    return functools.reduce(torch.maximum, (padded.index_select(0, tap) for tap in taps))
