@@ -30,8 +30,9 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
         5 to 8 bits     INT8, UINT8         E4M3FNUZ, E5M2FNUZ    FLOAT8E4M3FNUZ, FLOAT8E5M2FNUZ
         9 to 16 bits    INT16, UINT16
 
-    with a scale per tensor, per axis, or per block. Initializers have the names of the program's state,
-    both operators carry the quantizer's name in their metadata, and dynamic sizes stay dynamic.
+    with a scale per tensor, per axis, or per block. Params and stored integers keep their names in the
+    program's state, both operators carry the quantizer's name in their metadata, and dynamic sizes stay
+    dynamic.
     Sparse layers are operators of the domain "fquant" (`fquant.graph.onnx.sparse`). The file is
     checked by onnx.checker, and written atomically.
 
