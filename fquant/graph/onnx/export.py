@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from fquant.affine import quantize
 from fquant.calibration import at_site
 from fquant.graph.editor import Editor
-from fquant.graph.onnx.qdq import qdq_translations
+from fquant.graph.onnx.qdq import QUANTIZER, qdq_translations
 from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
 from fquant.graph.onnx.types import onnx_type_of
 from fquant.graph.qdq_ops import Quantization, is_dequantize, is_quantize, quantization_of
@@ -74,11 +74,26 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     assert exported is not None
     _type_codes(exported.model)
     exported.optimize()
+    _drop_traces(exported.model)
     define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
     exported.model.producer_name = "fquant"
     onnx.checker.check_model(exported.model_proto, full_check=True)
     with replacing(path) as temporary:
         exported.save(temporary)
+
+
+def _drop_traces(model: Any) -> None:
+    """Takes out the exporter's notes, stack traces with this machine's paths among them."""
+    for node in model.graph:
+        kept = {k: v for k, v in node.metadata_props.items() if k == QUANTIZER}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def _require_expressible(program: ExportedProgram) -> set[str]:
