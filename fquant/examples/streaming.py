@@ -154,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small scans")
-    parser.add_argument("--scans", type=int, default=100, help="default 100, a fifth of them standing")
+    parser.add_argument(
+        "--scans", type=int, default=100, help="default 100, a fifth of them standing"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     scans = 10 if options.quick else options.scans

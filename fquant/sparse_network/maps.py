@@ -135,9 +135,7 @@ class MapCache(NamedTuple):
         return cls({}, capacity)
 
 
-def cached_maps(
-    layers: Sequence[Layer], x: SparseTensor, cache: MapCache
-) -> tuple[Maps, MapCache]:
+def cached_maps(layers: Sequence[Layer], x: SparseTensor, cache: MapCache) -> tuple[Maps, MapCache]:
     """Returns (maps, cache): those of the cache if it has the very same cells, else newly made ones.
 
     The cache that comes back has the scene as its most recent; the one given is as it was. Scenes are
