@@ -4,8 +4,8 @@ from typing import Any
 
 from spconv.pytorch.conv import SparseConvolution
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fquant.checks import values_readable
 from fquant.interception.ops import DEFAULT_OPS, Ops, replace_forward
 from fquant.interception.stack import quantizable
 
@@ -34,10 +34,10 @@ def spconv_ops(ops: Ops = DEFAULT_OPS) -> Ops:
 
 
 def _forward(module: Any, x: Any, add_input: Any = None) -> Any:
-    if isinstance(x.features, FakeTensor):
+    if not values_readable(x.features):
         raise ValueError(
-            f"{type(module).__name__}: spconv must have tensors with data, got a fake one. "
-            "make_plan(..., fake=False) plans on the example itself."
+            f"{type(module).__name__}: spconv must have tensors with data, outside of transforms, got "
+            "others. make_plan(..., fake=False) plans on the example; convert_spconv lifts the limit."
         )
     operation = _subm_conv
     if not module.subm:

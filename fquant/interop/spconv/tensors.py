@@ -33,7 +33,10 @@ def from_spconv(x: Any, check: bool = True) -> SparseTensor:
 
 
 def to_spconv(x: SparseTensor) -> Any:
-    """Returns the spconv tensor of a record; features, and int32 coordinates, are shared.
+    """Returns the spconv tensor of a record; features and coordinates are shared.
+
+    They are copied only where spconv would misread them: it takes int32 coordinates, and row-major
+    memory without asking.
 
     Raises:
         TypeError: x is no SparseTensor of float features.
@@ -51,5 +54,6 @@ def to_spconv(x: SparseTensor) -> Any:
         raise ValueError(
             f"to_spconv: spatial_shape must have sides below 2^31, got {x.spatial_shape}."
         )
-    indices = x.coords.to(torch.int32)  # itself where it is int32 already
-    return package.SparseConvTensor(x.features, indices, list(x.spatial_shape), x.batch_size)
+    indices = x.coords.to(torch.int32).contiguous()
+    features = x.features.contiguous()
+    return package.SparseConvTensor(features, indices, list(x.spatial_shape), x.batch_size)
