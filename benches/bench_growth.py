@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import fquant_kernels
-from benches import harness, scenes
+from benches import harness
+from fquant.testing import scenes
 from benches.bench_kernel_map import SUBM
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
 

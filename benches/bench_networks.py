@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fquant_kernels
-from benches import harness, networks, scenes
+from benches import harness, networks
+from fquant.testing import scenes
 from benches.networks import Step
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as int8_reference
 from fquant_kernels.kernel_map import conv_output_shape

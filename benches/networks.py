@@ -107,7 +107,7 @@ def mink_unet() -> list[Step]:
     return steps
 
 
-# Name: the steps, the scene of `benches.scenes`, and the least grid the network is used with.
+# Name: the steps, the scene of `fquant.testing.scenes`, and the least grid the network is used with.
 NETWORKS: dict[str, tuple[Callable[[], list[Step]], str, Sizes]] = {
     "benchmark_net": (benchmark_net, "nuscenes", (80, 1600, 1600)),
     "VoxelBackBone8x": (voxel_backbone, "waymo", (41, 1504, 1504)),

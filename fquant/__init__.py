@@ -46,7 +46,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
-from fquant.graph import export_qdq, lower, prepack
+from fquant.graph import export_qdq, lower, prepack, to_onnx
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -216,6 +216,7 @@ __all__ = [
     "sqnr_amax",
     "straight_through",
     "tensor_quant",
+    "to_onnx",
     "two_level_scales",
     "unpack",
     "w4",

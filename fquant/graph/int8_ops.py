@@ -89,10 +89,18 @@ def _by_rows(
     shape = [weight_shape[0], math.prod(weight_shape[1:-1]), weight_shape[-1]]
     if isa:
         return fquant_kernels.sparse_conv_int8_packed(
-            rows, weight, shape, isa, neighbors, *epilogue  # type: ignore[arg-type]
+            rows,
+            weight,
+            shape,
+            isa,
+            neighbors,
+            *epilogue,  # type: ignore[arg-type]
         )
     return fquant_kernels.sparse_conv_int8(
-        rows, weight.reshape(shape), neighbors, *epilogue  # type: ignore[arg-type]
+        rows,
+        weight.reshape(shape),
+        neighbors,
+        *epilogue,  # type: ignore[arg-type]
     )
 
 

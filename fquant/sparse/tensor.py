@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fquant.checks import require_same_device
 from fquant.pytree import record, static
 from fquant.records import QTensor
 from fquant_kernels.kernel_map import linear_keys
+
+if TYPE_CHECKING:
+    from fquant.sparse.kernel_map import KernelMap
 
 LARGEST_KEY = 2**63 - 1
 
@@ -29,12 +33,17 @@ class SparseTensor:
             1 to 4; in any order, which every function that keeps the cells keeps too.
         spatial_shape: the grid, D sizes.
         batch_size: number of grids.
+        maps: kernel maps by key, which the modules of `fquant.sparse.nn` find and add to, so that
+            layers of one geometry share them; None for none yet.
+        cells: the keys of the maps that led from the first cells to these; `()` at the first cells.
     """
 
     features: Tensor | QTensor
     coords: Tensor
     spatial_shape: tuple[int, ...] = static()
     batch_size: int = static()
+    maps: Mapping[str, KernelMap] | None = None
+    cells: tuple[str, ...] = static(default=())
 
     @classmethod
     def create(
@@ -112,7 +121,8 @@ class SparseTensor:
 
     def with_features(self, features: Tensor | QTensor) -> SparseTensor:
         """Returns the record with other features at the same cells."""
-        return SparseTensor(features, self.coords, self.spatial_shape, self.batch_size)
+        shape, batch_size = self.spatial_shape, self.batch_size
+        return SparseTensor(features, self.coords, shape, batch_size, self.maps, self.cells)
 
 
 def check_coords(

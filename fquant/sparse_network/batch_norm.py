@@ -1,0 +1,45 @@
+"""Batch norm of sparse networks: folded into the convolution before it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fquant.sparse_network.layer import Layer
+
+EPS = 1e-5  # of torch.nn.BatchNorm1d, which SparseNetwork uses
+
+
+def fold_network(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters of `SparseNetwork(layers, batch_norm=False)` that compute the same.
+
+        factor = gamma / sqrt(running_var + 1e-5)
+        weight' = weight * factor,    bias' = beta - running_mean * factor
+
+    What `fquant.fold_batch_norm` does for torch's dense layers. Layers without a batch norm pass as
+    they are, a missing bias as zeros. Differentiable.
+
+    Args:
+        layers: the network.
+        state: parameters and buffers by name.
+
+    Example:
+        >>> layers = (Layer("a", "subm", (1, 2), 1), Layer("b", "subm", (2, 1), 1))
+        >>> trained = fquant.sparse_network.SparseNetwork(layers, axes=1).state_dict()
+        >>> sorted(fold_network(layers, trained))
+        ['a.bias', 'a.weight', 'b.bias', 'b.weight']
+    """
+    folded: dict[str, Tensor] = {}
+    for layer in layers:
+        if f"{layer.name}.weight" not in state:
+            continue
+        weight = state[f"{layer.name}.weight"]
+        bias = state.get(f"{layer.name}.bias")
+        norm = f"{layer.name}.norm"
+        if f"{norm}.weight" in state:
+            factor = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + EPS)
+            weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+            bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * factor
+        folded[f"{layer.name}.weight"] = weight
+        folded[f"{layer.name}.bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return folded
