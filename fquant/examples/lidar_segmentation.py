@@ -193,7 +193,7 @@ def run(
     trained = recipe.train_float(layers, 3, batches, steps, rate, seed, progress)
     calibration = [voxelized(layers, cloud, task.voxel) for cloud in task.train]
     ptq = recipe.quantize_network(layers, 3, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = training_batches(layers, task, schedule.steps, seed + 1)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 

@@ -119,7 +119,7 @@ def run(
     trained = recipe.train_float(layers, 2, batches, steps, rate, seed, progress)
     calibration = list(shuffled(layers, images, 8, seed + 1))
     ptq = recipe.quantize_network(layers, 2, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = shuffled(layers, images, schedule.steps, seed + 2)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
