@@ -181,13 +181,14 @@ def bench(name: str, package: Any, rounds: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(NETWORKS), help="networks")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20, help="for the percentiles")
     options = parser.parse_args()
     torch.set_num_threads(1)
     package = harness.spconv()
     harness.report(harness.machine())
     for name in options.names:
-        bench(name, package, 2 if options.quick else 5, 3 if options.quick else 20)
+        bench(name, package, options.rounds, options.repeats)
 
 
 if __name__ == "__main__":
