@@ -21,6 +21,7 @@ from fquant.sparse_network.layer import NETWORK_INPUT, Layer, check_layers
 
 NORMS = (nn.BatchNorm1d,)
 RELUS = (nn.ReLU, sparse_nn.SparseReLU)
+RELU_FUNCTIONS = (torch.relu, nn.functional.relu)
 SAME = (nn.Identity, nn.Dropout, sparse_nn.SparseIdentity)
 
 
@@ -62,7 +63,7 @@ def list_layers(model: nn.Module) -> Listed:
         >>> [layer.name for layer in listed.layers][:3]
         ['stem_0_0', 'stem_1_0', 'down_0_0_0']
         >>> next(layer for layer in listed.layers if layer.residual).residual
-        'down_0_0_0'
+        'down_0_1_downsample_0'
     """
     graph = _Tracer().trace(model)
     modules = dict(model.named_modules())
@@ -92,6 +93,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):  # x.map(module)
             return self.create_node("get_attr", self.path_of_module(a), (), {})
+        if any(a is function for function in RELU_FUNCTIONS):  # x.map(torch.relu)
+            return a
         return super().create_arg(a)
 
 
@@ -114,7 +117,7 @@ class _State:
             function = node.args[1]
             if isinstance(function, fx.Node) and function.op == "get_attr":
                 self.values[node] = self.module(node, str(function.target), node.args[0])
-            elif function in (torch.relu, nn.functional.relu):
+            elif function in RELU_FUNCTIONS:
                 self.values[node] = self.relu(node, node.args[0])
             else:
                 self.refuse(node, f"map of {function}")
