@@ -1,13 +1,13 @@
 """Pooling, per window and per sample."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from fquant.records import QTensor
-from fquant.sparse.conv import check_map, gather_neighbors, outputs
+from fquant.sparse.capture import gather_neighbors, window_max
+from fquant.sparse.conv import check_map, outputs
 from fquant.sparse.geometry import Sizes
 from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
@@ -55,10 +55,9 @@ def max_pool(
     check_map("max_pool", x, None, kernel_map)
     if isinstance(x.features, QTensor):
         f = x.features
-        lowest = torch.iinfo(f.q.dtype).min
-        q = _window_max(f.q, kernel_map.neighbors, lowest)
+        q = window_max(f.q, kernel_map.neighbors)
         return outputs(kernel_map, QTensor(q, f.scale, f.zero_point, spec=f.spec, dtype=f.dtype))
-    return outputs(kernel_map, _window_max(x.features, kernel_map.neighbors, float("-inf")))
+    return outputs(kernel_map, window_max(x.features, kernel_map.neighbors))
 
 
 def avg_pool(
@@ -164,11 +163,3 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
             "fquant.dequantize the record first."
         )
     return x.features
-
-
-def _window_max(features: Tensor, neighbors: Tensor, lowest: float) -> Tensor:
-    if torch.is_grad_enabled() and features.is_floating_point():
-        return gather_neighbors(features, neighbors, lowest).max(dim=1).values
-    padded = torch.cat([features, features.new_full((1, features.shape[1]), lowest)])
-    taps = torch.where(neighbors < 0, features.shape[0], neighbors).unbind()
-    return functools.reduce(torch.maximum, (padded.index_select(0, tap) for tap in taps))

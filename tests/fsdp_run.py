@@ -1,0 +1,35 @@
+"""One process of two: a fake-quantized model under FSDP2, against the same model on its own."""
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fquant as fq
+
+
+def main():
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(8, 4)
+    plan = fq.make_plan(model, fq.w8a8(), (x,))
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stats = fq.calibrate_model(model, plan, params, [x], progress=False)
+    qstate = fq.finalize(plan, stats)
+    forward = fq.fake_quant(model, plan)
+    alone = torch.func.grad(lambda p: forward(p, qstate, x).square().mean())(params)
+
+    sharded = fq.FakeQuantized(model, plan, qstate)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))  # the whole module is one unit
+    mine = x.chunk(2)[rank]
+    sharded(mine).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), alone[name])
+    print("equal", flush=True)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
