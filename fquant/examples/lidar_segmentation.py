@@ -253,10 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     folder = scenes.data_folder()
     if options.quick:
         small = dataclasses.replace(
-            scenes.SENSORS["kitti"], beams=16, columns=240, plants=40, walls=12
+            scenes.SENSORS["kitti"], beams=16, columns=180, plants=40, walls=12
         )
         task = synthetic(4, 1, small)
-        result = run(task, 10, seed=options.seed, repeats=1, progress=progress)
+        result = run(task, 8, seed=options.seed, repeats=1, progress=progress)
     else:
         real = folder is not None and (folder / DATA).exists() and not options.synthetic
         task = airborne(folder / DATA) if real and folder is not None else synthetic(12, 4)

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     options = parser.parse_args(arguments)
     progress = False if options.no_progress else None
     if options.quick:
-        return run(load("digits"), 20, seed=options.seed, repeats=1, progress=progress)
+        return run(load("digits"), 16, seed=options.seed, repeats=1, progress=progress)
     name = options.data or ("digits" if data_folder("mnist") is None else "mnist")
     return run(load(name), seed=options.seed, progress=progress)
 
