@@ -193,7 +193,7 @@ def run(
     trained = recipe.train_float(layers, 3, batches, steps, rate, seed, progress)
     calibration = [voxelized(layers, cloud, task.voxel) for cloud in task.train]
     ptq = recipe.quantize_network(layers, 3, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = training_batches(layers, task, schedule.steps, seed + 1)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
@@ -254,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     folder = scenes.data_folder()
     if options.quick:
         small = dataclasses.replace(
-            scenes.SENSORS["kitti"], beams=16, columns=240, plants=40, walls=12
+            scenes.SENSORS["kitti"], beams=16, columns=180, plants=40, walls=12
         )
         task = synthetic(4, 1, small)
-        result = run(task, 10, seed=options.seed, repeats=1, progress=progress)
+        result = run(task, 8, seed=options.seed, repeats=1, progress=progress)
     else:
         real = folder is not None and (folder / DATA).exists() and not options.synthetic
         task = airborne(folder / DATA) if real and folder is not None else synthetic(12, 4)

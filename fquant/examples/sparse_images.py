@@ -119,7 +119,7 @@ def run(
     trained = recipe.train_float(layers, 2, batches, steps, rate, seed, progress)
     calibration = list(shuffled(layers, images, 8, seed + 1))
     ptq = recipe.quantize_network(layers, 2, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = shuffled(layers, images, schedule.steps, seed + 2)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     options = parser.parse_args(arguments)
     progress = False if options.no_progress else None
     if options.quick:
-        return run(load("digits"), 20, seed=options.seed, repeats=1, progress=progress)
+        return run(load("digits"), 16, seed=options.seed, repeats=1, progress=progress)
     name = options.data or ("digits" if data_folder("mnist") is None else "mnist")
     return run(load(name), seed=options.seed, progress=progress)
 

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     scans = 10 if options.quick else options.scans
-    settings = Settings(reach=12.0) if options.quick else Settings()
+    settings = Settings(reach=6.0) if options.quick else Settings()
     progress = False if options.no_progress else None
     return run(scan_points(options.quick), scans, max(1, scans // 5), settings, progress)
 
