@@ -8,9 +8,11 @@ pattern    what a line of a lowering table is about
 kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
 prepack    program -> program for this machine's CPU
+decomposed torch's own quantized_decomposed nodes, for tools that want them
 integers   what a program computes at each quantizer
 """
 
+from fquant.graph.decomposed import to_quantized_decomposed
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
 from fquant.graph.integers import site_integers
@@ -54,4 +56,5 @@ __all__ = [
     "quantization_of",
     "site_integers",
     "store_integers",
+    "to_quantized_decomposed",
 ]
