@@ -1,9 +1,10 @@
 """Whole networks on CPU: int8 as planned and float32, against spconv's float32, rulebooks included.
 
-The networks are those of `fquant.sparse.models`, listed by `fquant.sparse_network.list_layers`; which layers run
-in int8 is `choose_int8`'s choice, and is printed. Weights are random: time does not depend on them. The int8
-network is compared with its fake quantization before anything is timed. spconv runs its best CPU algorithm
-(Native), without bias, because its CPU code refuses one; ours adds bias, ReLU, residual and requantizes.
+The networks are those of `fquant.sparse.models`, listed by `fquant.sparse_network.list_layers`;
+which layers run in int8 is `choose_int8`'s choice, and is printed. Weights are random: time does
+not depend on them. The int8 network is compared with its fake quantization before anything is
+timed. spconv runs its best CPU algorithm (Native), without bias, because its CPU code refuses one;
+ours adds bias, ReLU, residual and requantizes.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from fquant.sparse_network import (
 from fquant.sparse_network.maps import geometries
 from fquant.testing import scenes
 
-# Name: the model, its input channels, the scene of `fquant.testing.scenes`, and the least grid it is used with.
+# Name: the model, its input channels, the scene, and the least grid it is used with.
 NETWORKS: dict[str, tuple[Any, int, str, tuple[int, int, int]]] = {
     "BenchmarkNet": (models.BenchmarkNet, 3, "nuscenes", (80, 1600, 1600)),
     "VoxelBackBone8x": (models.VoxelBackBone8x, 4, "waymo", (41, 1504, 1504)),
@@ -44,9 +45,7 @@ NETWORKS: dict[str, tuple[Any, int, str, tuple[int, int, int]]] = {
 }
 
 
-def spconv_network(
-    layers: Sequence[Layer], package: Any, x: SparseTensor
-) -> Callable[[], Tensor]:
+def spconv_network(layers: Sequence[Layer], package: Any, x: SparseTensor) -> Callable[[], Tensor]:
     """Returns a run of the same layers by spconv, which shares rulebooks where ours are shared."""
     found = geometries(layers)
     options = {"bias": False, "algo": package.ConvAlgo.Native}

@@ -1,7 +1,8 @@
-"""How much memory and time does a large scene take? The U-Net of the LiDAR example, in int8 and in float32.
+"""How much memory and time does a large scene take, in int8 and in float32?
 
-Scans of a nuScenes-like sensor lie side by side until there are as many voxels as asked for, in one sample.
-Peak memory is the process's largest resident size, so each precision runs in a process of its own.
+The network is the U-Net of the LiDAR example. Scans of a nuScenes-like sensor lie side by side
+until there are as many voxels as asked for, in one sample. Peak memory is the process's largest
+resident size, so each precision runs in a process of its own.
 """
 
 import argparse

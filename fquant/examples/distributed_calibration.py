@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m fquant.examples.distributed_calibration FOLDER [--scales FILE]
 
-Each process reads its share of the `.npz` files (points `xyz` in metres), observes them, and one exchange
-merges what all saw: scales are, bit for bit, those of one process. Without torchrun it is one process.
-Weights are untrained, the same everywhere by their seed.
+Each process reads its share of the `.npz` files (points `xyz` in metres), observes them, and one
+exchange merges what all saw: scales are, bit for bit, those of one process. Without torchrun it is
+one process. Weights are untrained, the same everywhere by their seed.
 """
 
 import argparse

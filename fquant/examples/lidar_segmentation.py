@@ -2,10 +2,11 @@
 
     python -m fquant.examples.lidar_segmentation [--picture FILE] [--quick] [--synthetic]
 
-With real data (`pdal_autzen.npz`, airborne LiDAR, found in `$FQUANT_DATA/lidar` or `../shared/data/lidar`):
-four classes of height over the ground, learnt from intensity, color, return number and shape, tested on
-tiles held back. Without it: synthetic scans of a spinning sensor with the classes ground, vegetation and
-building. Which layers run in int8 is chosen by measured times; the first and the last stay in float.
+With real data (`pdal_autzen.npz`, airborne LiDAR, found in `$FQUANT_DATA/lidar` or
+`../shared/data/lidar`): four classes of height over the ground, learnt from intensity, color,
+return number and shape, tested on tiles held back. Without it: synthetic scans of a spinning sensor
+with the classes ground, vegetation and building. Which layers run in int8 is chosen by measured
+times; the first and the last stay in float.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python -m fquant.examples.sparse_images [mnist | fashion | digits] [--quick]
 
-Pixels that are not zero are the active cells: 19 % of MNIST, 50 % of Fashion-MNIST. `mnist` and `fashion` are
-read from `$FQUANT_DATA` or `../shared/data`; `digits` ships with scikit-learn and is what runs without them.
+Pixels that are not zero are the active cells: 19 % of MNIST, 50 % of Fashion-MNIST. `mnist` and
+`fashion` are read from `$FQUANT_DATA` or `../shared/data`; `digits` ships with scikit-learn and is
+what runs without them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BATCH_SIZE = 64
 
 
 class Images(NamedTuple):
-    """Images `(N, H, W)` of numbers from 0 to `white`, and their classes, to learn from and to test on."""
+    """Images `(N, H, W)` from 0 to `white`, and their classes, to learn from and to test on."""
 
     train: Tensor
     train_labels: Tensor

@@ -1,11 +1,11 @@
-"""A stream of LiDAR scans through an int8 network at 10 Hz: latency percentiles, and a cache of kernel maps.
+"""LiDAR scans at 10 Hz through an int8 network: latency percentiles, and a cache of kernel maps.
 
     python -m fquant.examples.streaming [--quick] [--scans N]
 
-A sensor drives along a scan (a real one from `$FQUANT_DATA/lidar` or `../shared/data/lidar` where there is one, a
-generated one otherwise), then stands while its driver repeats the last scan. Each scan is voxelized, its
-kernel maps are looked up by the content of its coordinates or made, and the U-Net of `lidar_segmentation`
-runs in int8. Its weights are untrained: this is about time.
+A sensor drives along a scan (a real one from `$FQUANT_DATA/lidar` or `../shared/data/lidar` where
+there is one, a generated one otherwise), then stands while its driver repeats the last scan. Each
+scan is voxelized, its kernel maps are looked up by the content of its coordinates or made, and the
+U-Net of `lidar_segmentation` runs in int8. Its weights are untrained: this is about time.
 """
 
 import argparse

@@ -9,8 +9,9 @@
     y      = fake_quant(model, plan)(params, scales, x, maps)
     y      = int8_network(layers, int8)(to_int8(layers, int8, params, scales), x, maps)
 
-`list_layers` makes the list from a model of `fquant.sparse.nn` modules. `int8` is the set of layers that run on integers: `convolutions(layers) - first_and_last(layers)`, or what
-`choose_int8` makes of a table of measured times.
+`list_layers` makes the list from a model of `fquant.sparse.nn` modules. `int8` is the set of layers
+that run on integers: `convolutions(layers) - first_and_last(layers)`, or what `choose_int8` makes
+of a table of measured times.
 """
 
 from fquant.sparse_network.batch_norm import fold_network

@@ -40,7 +40,7 @@ def fold_network(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[s
 def fold(
     state: Mapping[str, Tensor], conv: str, norm: str | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns (weight, bias) of a layer at path `conv`, with the batch norm at path `norm` if there is one."""
+    """Returns (weight, bias) of the layer at path `conv`, with the batch norm at path `norm`, if any."""
     weight = state[f"{conv}.weight"]
     bias = state.get(f"{conv}.bias", weight.new_zeros(weight.shape[0]))
     if norm is None or f"{norm}.weight" not in state:

@@ -1,11 +1,11 @@
 """A model made of `fquant.sparse.nn` modules as a list of layers: what its int8 form is planned on.
 
-The model is traced by torch.fx with its convolutions, norms and activations as single steps; what stands
-between them is taken apart into batch norm behind a convolution, a residual sum, ReLU, and joined channels. The
-model itself is not run on data, and not written.
+The model is traced by torch.fx with its convolutions, norms and activations as single steps; what
+stands between them is taken apart into batch norm behind a convolution, a residual sum, ReLU, and
+joined channels. The model itself is not run on data, and not written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,11 +51,12 @@ class Listed(NamedTuple):
 def list_layers(model: nn.Module) -> Listed:
     """Returns the layers of a model of `fquant.sparse.nn` modules that takes one SparseTensor.
 
-    Convolutions (submanifold, strided, inverse), max pools, linear layers, batch norm (of inference), ReLU,
-    `add_features` and `join_features` with their modules, in any nesting.
+    Convolutions (submanifold, strided, inverse), max pools, linear layers, batch norm (of
+    inference), ReLU, `add_features` and `join_features` with their modules, in any nesting.
 
     Raises:
-        ValueError: the model does something else, or in an order that no layer has; the message names it.
+        ValueError: the model does something else, or in an order that no layer has; the message
+        names it.
 
     Example:
         >>> model = fquant.sparse.models.MinkUNet(4, 3, widths=(8, 16, 8))
@@ -102,7 +103,7 @@ class _State:
     """Layers so far, and for each traced value the layers whose results it holds side by side."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.modules = modules
+        self.modules: dict[str, Any] = modules  # of kinds that `layer` tells apart
         self.layers: dict[str, Layer] = {}
         self.paths: dict[str, tuple[str, str | None, float]] = {}
         self.values: dict[fx.Node, tuple[str, ...]] = {}
@@ -150,15 +151,14 @@ class _State:
             self.undone[key] = name
         return (name,)
 
-    def layer(
-        self, node: fx.Node, name: str, module: nn.Module, inputs: tuple[str, ...]
-    ) -> Layer:
+    def layer(self, node: fx.Node, name: str, module: Any, inputs: tuple[str, ...]) -> Layer:
         if isinstance(module, nn.Linear):
             channels = (module.in_features, module.out_features)
             return Layer(name, "linear", channels, inputs=inputs, relu=False)
         if isinstance(module, SparseMaxPool):
             g = module.geometry
-            sizes = map(_short, (g.kernel_size, g.stride, g.padding, g.dilation))
+            kernel, stride, padding, spacing = map(_short, g.sizes)
+            sizes = (kernel, stride, padding, spacing)
             return Layer(name, "max_pool", (0, 0), *sizes, inputs, relu=False)
         if not isinstance(module, SubMConv | SparseConv | SparseInverseConv):
             self.refuse(node, type(module).__name__)
@@ -166,13 +166,15 @@ class _State:
         kernel = _short(module.kernel_size)
         if isinstance(module, SparseInverseConv):
             undoes = self.undone[str(module.indice_key)]
-            return Layer(name, "inverse", channels, kernel, inputs=inputs, relu=False, undoes=undoes)
+            return Layer(
+                name, "inverse", channels, kernel, inputs=inputs, relu=False, undoes=undoes
+            )
         g = module.geometry
         if isinstance(module, SubMConv):
             spacing = _short(g.dilation)
             return Layer(name, "subm", channels, kernel, 1, 0, spacing, inputs, relu=False)
-        sizes = map(_short, (g.stride, g.padding, g.dilation))
-        return Layer(name, "conv", channels, kernel, *sizes, inputs, relu=False)
+        _, stride, padding, spacing = map(_short, g.sizes)
+        return Layer(name, "conv", channels, kernel, stride, padding, spacing, inputs, relu=False)
 
     def relu(self, node: fx.Node, source: Any) -> tuple[str, ...]:
         layer = self.unfinished(node, source, "ReLU")
@@ -192,8 +194,8 @@ class _State:
         self.layers[layer.name] = replace(layer, residual=other[0])
         return (layer.name,)
 
-    def unfinished(self, node: fx.Node, source: fx.Node, what: str) -> Layer:
-        """Returns the convolution whose result this is, if nothing else reads that and no ReLU came yet."""
+    def unfinished(self, node: fx.Node, source: Any, what: str) -> Layer:
+        """Returns the convolution whose result this is, if nothing else reads it, ReLU least of all."""
         names = self.values[source]
         layer = self.layers.get(names[0])
         if len(names) != 1 or layer is None or not layer.is_convolution or layer.relu:

@@ -120,7 +120,8 @@ def first_and_last(layers: Sequence[Layer]) -> frozenset[str]:
     has nothing behind it that would make up for its rounding.
 
     Example:
-        >>> layers = [Layer("a", "subm", (4, 8)), Layer("b", "subm", (8, 8)), Layer("c", "subm", (8, 2))]
+        >>> channels = {"a": (4, 8), "b": (8, 8), "c": (8, 2)}
+        >>> layers = [Layer(name, "subm", c) for name, c in channels.items()]
         >>> sorted(first_and_last(layers))
         ['a', 'c']
     """

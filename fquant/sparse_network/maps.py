@@ -90,7 +90,8 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.ones(1, 1, 4))
-        >>> layers = [Layer("a", "subm", (1, 2)), Layer("b", "subm", (2, 2)), Layer("c", "conv", (2, 2), 2, 2)]
+        >>> layers = [Layer("a", "subm", (1, 2)), Layer("b", "subm", (2, 2))]
+        >>> layers.append(Layer("c", "conv", (2, 2), 2, 2))
         >>> sorted(make_maps(layers, x))
         ['input/conv2s2p0', 'input/subm3']
     """

@@ -72,7 +72,13 @@ def test_calibration_on_two_processes_is_that_of_one(tmp_path):
     alone = distributed_calibration.main(arguments)
     scales = tmp_path / "scales.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "fquant.examples.distributed_calibration", *arguments, "--scales", str(scales)]
+    command += [
+        "-m",
+        "fquant.examples.distributed_calibration",
+        *arguments,
+        "--scales",
+        str(scales),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
     assert json.loads(scales.read_text()) == alone

@@ -184,7 +184,10 @@ def test_pooled_logits_of_a_classifier():
         ([Layer("a", "subm", (1, 1)), Layer("a", "subm", (1, 1))], "name must be new"),
         ([Layer("a.b", "subm", (1, 1))], "without dots"),
         ([Layer("a", "subm", (1, 1), inputs=("z",))], "inputs must be earlier layers"),
-        ([Layer("a", "subm", (1, 2)), Layer("b", "subm", (1, 1))], "channels must begin with the 2"),
+        (
+            [Layer("a", "subm", (1, 2)), Layer("b", "subm", (1, 1))],
+            "channels must begin with the 2",
+        ),
         ([Layer("a", "subm", (1, 2), residual="input")], "residual must go to a convolution"),
         ([Layer("a", "inverse", (1, 2), undoes="q")], "undoes must name a 'conv'"),
         ([Layer("a", "subm", (1, 2), undoes="a")], "undoes must name a 'conv'"),
