@@ -12,8 +12,8 @@ import torch
 
 import fquant_kernels
 from benches import harness
-from fquant.testing import scenes
 from benches.bench_kernel_map import SUBM
+from fquant.testing import scenes
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)

@@ -1,7 +1,8 @@
-"""Where does int8 pay? One layer at a time, int8 against float32, for `fquant.sparse_network.choose_int8`.
+"""Where does int8 pay? One layer at a time against float32, for `sparse_network.choose_int8`.
 
-`python -m benches layer_choice --write fquant/sparse_network/layer_times.json` renews the table that ships.
-The int8 time has residual, ReLU and rounding in it; the float32 time has residual and ReLU.
+`python -m benches layer_choice --write fquant/sparse_network/layer_times.json` renews the table
+that ships. The int8 time has residual, ReLU and rounding in it; the float32 time has residual and
+ReLU.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python -m fquant.examples.lidar_segmentation [--picture FILE] [--quick] [--synthetic]
 
-With real data (`pdal_autzen.npz`, airborne LiDAR, found in `$FQUANT_DATA/lidar` or `../shared/data/lidar`):
-four classes of height over the ground, learnt from intensity, color, return number and shape, tested on
-tiles held back. Without it: synthetic scans of a spinning sensor with the classes ground, vegetation and
-building. Which layers run in int8 is chosen by measured times; the first and the last stay in float.
+With real data (`pdal_autzen.npz`, airborne LiDAR, found in `$FQUANT_DATA/lidar` or
+`../shared/data/lidar`): four classes of height over the ground, learnt from intensity, color,
+return number and shape, tested on tiles held back. Without it: synthetic scans of a spinning sensor
+with the classes ground, vegetation and building. Which layers run in int8 is chosen by measured
+times; the first and the last stay in float.
 """
 
 import argparse
@@ -69,7 +70,9 @@ class Result(NamedTuple):
     classes: tuple[str, ...]
 
 
-def unet(in_channels: int, num_classes: int, widths: Sequence[int] = (16, 32, 48)) -> tuple[Layer, ...]:
+def unet(
+    in_channels: int, num_classes: int, widths: Sequence[int] = (16, 32, 48)
+) -> tuple[Layer, ...]:
     """Returns a U-Net of three levels with residuals: kernels of 3, strides of 2, skips joined."""
     a, b, c = widths
     return (
@@ -156,9 +159,7 @@ def augmented(cloud: Cloud, generator: torch.Generator) -> Cloud:
     return Cloud(points, features * light + noise, cloud.labels[kept])
 
 
-def training_batches(
-    layers: Sequence[Layer], task: Task, steps: int, seed: int
-) -> Iterator[Batch]:
+def training_batches(layers: Sequence[Layer], task: Task, steps: int, seed: int) -> Iterator[Batch]:
     """Yields one augmented cloud a step."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -193,7 +194,7 @@ def run(
     trained = recipe.train_float(layers, 3, batches, steps, rate, seed, progress)
     calibration = [voxelized(layers, cloud, task.voxel) for cloud in task.train]
     ptq = recipe.quantize_network(layers, 3, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = training_batches(layers, task, schedule.steps, seed + 1)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
@@ -232,7 +233,8 @@ def save_picture(path: Path, cloud: Cloud, result: Result) -> bool:
         )
         axis.set(title=title, aspect="equal", xticks=[], yticks=[])
     handles = [
-        axes[0].scatter([], [], color=COLORS[i], label=name) for i, name in enumerate(result.classes)
+        axes[0].scatter([], [], color=COLORS[i], label=name)
+        for i, name in enumerate(result.classes)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     del drawn
@@ -253,10 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     folder = scenes.data_folder()
     if options.quick:
         small = dataclasses.replace(
-            scenes.SENSORS["kitti"], beams=16, columns=240, plants=40, walls=12
+            scenes.SENSORS["kitti"], beams=16, columns=180, plants=40, walls=12
         )
         task = synthetic(4, 1, small)
-        result = run(task, 10, seed=options.seed, repeats=1, progress=progress)
+        result = run(task, 8, seed=options.seed, repeats=1, progress=progress)
     else:
         real = folder is not None and (folder / DATA).exists() and not options.synthetic
         task = airborne(folder / DATA) if real and folder is not None else synthetic(12, 4)

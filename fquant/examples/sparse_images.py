@@ -2,8 +2,9 @@
 
     python -m fquant.examples.sparse_images [mnist | fashion | digits] [--quick]
 
-Pixels that are not zero are the active cells: 19 % of MNIST, 50 % of Fashion-MNIST. `mnist` and `fashion` are
-read from `$FQUANT_DATA` or `../shared/data`; `digits` ships with scikit-learn and is what runs without them.
+Pixels that are not zero are the active cells: 19 % of MNIST, 50 % of Fashion-MNIST. `mnist` and
+`fashion` are read from `$FQUANT_DATA` or `../shared/data`; `digits` ships with scikit-learn and is
+what runs without them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BATCH_SIZE = 64
 
 
 class Images(NamedTuple):
-    """Images `(N, H, W)` of numbers from 0 to `white`, and their classes, to learn from and to test on."""
+    """Images `(N, H, W)` from 0 to `white`, and their classes, to learn from and to test on."""
 
     train: Tensor
     train_labels: Tensor
@@ -119,7 +120,7 @@ def run(
     trained = recipe.train_float(layers, 2, batches, steps, rate, seed, progress)
     calibration = list(shuffled(layers, images, 8, seed + 1))
     ptq = recipe.quantize_network(layers, 2, int8, trained, calibration, progress)
-    schedule = fine_tuning(steps, rate)
+    schedule = fine_tuning(steps, rate / 10)
     batches = shuffled(layers, images, schedule.steps, seed + 2)
     qat = recipe.fine_tune(layers, ptq, batches, schedule, progress)
 
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     options = parser.parse_args(arguments)
     progress = False if options.no_progress else None
     if options.quick:
-        return run(load("digits"), 20, seed=options.seed, repeats=1, progress=progress)
+        return run(load("digits"), 16, seed=options.seed, repeats=1, progress=progress)
     name = options.data or ("digits" if data_folder("mnist") is None else "mnist")
     return run(load(name), seed=options.seed, progress=progress)
 

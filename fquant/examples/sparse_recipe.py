@@ -175,7 +175,9 @@ def fine_tune(
     gradient = torch.func.grad(loss)
     params = quantized.params
     state = adam_init(params)
-    for step, batch in enumerate(progress_bar(batches, "fine-tune with fake quantization", progress)):
+    for step, batch in enumerate(
+        progress_bar(batches, "fine-tune with fake quantization", progress)
+    ):
         with torch.no_grad():
             wanted = logits_of(teacher(in_float, batch.x, batch.maps)).softmax(dim=1)
         rate = schedule.learning_rate(step)
@@ -238,9 +240,7 @@ def table(
     return "\n".join(lines)
 
 
-def _seconds(
-    forward: Callable[[Batch], Value], batches: Sequence[Batch], repeats: int
-) -> float:
+def _seconds(forward: Callable[[Batch], Value], batches: Sequence[Batch], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         for batch in batches:

@@ -1,11 +1,11 @@
-"""A stream of LiDAR scans through an int8 network at 10 Hz: latency percentiles, and a cache of kernel maps.
+"""LiDAR scans at 10 Hz through an int8 network: latency percentiles, and a cache of kernel maps.
 
     python -m fquant.examples.streaming [--quick] [--scans N]
 
-A sensor drives along a scan (a real one from `$FQUANT_DATA/lidar` or `../shared/data/lidar` where there is one, a
-generated one otherwise), then stands while its driver repeats the last scan. Each scan is voxelized, its
-kernel maps are looked up by the content of its coordinates or made, and the U-Net of `lidar_segmentation`
-runs in int8. Its weights are untrained: this is about time.
+A sensor drives along a scan (a real one from `$FQUANT_DATA/lidar` or `../shared/data/lidar` where
+there is one, a generated one otherwise), then stands while its driver repeats the last scan. Each
+scan is voxelized, its kernel maps are looked up by the content of its coordinates or made, and the
+U-Net of `lidar_segmentation` runs in int8. Its weights are untrained: this is about time.
 """
 
 import argparse
@@ -154,11 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small scans")
-    parser.add_argument("--scans", type=int, default=100, help="default 100, a fifth of them standing")
+    parser.add_argument(
+        "--scans", type=int, default=100, help="default 100, a fifth of them standing"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     scans = 10 if options.quick else options.scans
-    settings = Settings(reach=12.0) if options.quick else Settings()
+    settings = Settings(reach=6.0) if options.quick else Settings()
     progress = False if options.no_progress else None
     return run(scan_points(options.quick), scans, max(1, scans // 5), settings, progress)
 

@@ -9,9 +9,11 @@ kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
 onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
+decomposed torch's own quantized_decomposed nodes, for tools that want them
 integers   what a program computes at each quantizer
 """
 
+from fquant.graph.decomposed import to_quantized_decomposed
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
 from fquant.graph.integers import site_integers
@@ -57,4 +59,5 @@ __all__ = [
     "site_integers",
     "store_integers",
     "to_onnx",
+    "to_quantized_decomposed",
 ]

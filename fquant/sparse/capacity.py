@@ -1,9 +1,9 @@
 """Records with a fixed number of rows, for code that wants fixed shapes, such as CUDA graphs.
 
-The rows behind the last cell are padding: coordinates -1, features 0, and no entry of a kernel map reads
-them. Convolutions and pools over padded maps give, in the rows of cells, the very values they give
-without padding; rows of padding hold what an output without neighbors holds. Batch norm in training mode and
-observers would count them: this is for inference.
+The rows behind the last cell are padding: coordinates -1, features 0, and no entry of a kernel map
+reads them. Convolutions and pools over padded maps give, in the rows of cells, the very values they
+give without padding; rows of padding hold what an output without neighbors holds. Batch norm in
+training mode and observers would count them: this is for inference.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """Sparse convolution in plain tensor operations: right under every torch transform.
 
 Where no derivative can be asked for, the same sums come from `fquant_kernels.sparse_conv_float`,
-faster and without a table of gathered features (`fquant.sparse.capture.fast_kernel_serves` is the rule). The two differ by
-the order of summation: by at most `2 n 2^-24 sum |x w|` for sums of n products, in float32.
+faster and without a table of gathered features (`fquant.sparse.capture.fast_kernel_serves` is the
+rule). The two differ by the order of summation: by at most `2 n 2^-24 sum |x w|` for sums of n
+products, in float32.
 """
 
 from collections.abc import Sequence

@@ -7,9 +7,9 @@ products over the same map:
 
     d features = conv(d y, weight^T, transposed map),   d weight[:, k] = sum over pairs of d y x^T
 
-and theirs are so again. Only for eager code under autograd or `torch.func.grad`, nested as deep as one
-likes; sums differ from the composition's by their order. Under `torch.compile` an `autograd.Function` gives
-silently zero gradients.
+and theirs are so again. Only for eager code under autograd or `torch.func.grad`, nested as deep as
+one likes; sums differ from the composition's by their order. Under `torch.compile` an
+`autograd.Function` gives silently zero gradients.
 """
 
 from typing import Any

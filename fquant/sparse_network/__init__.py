@@ -9,8 +9,9 @@
     y      = fake_quant(model, plan)(params, scales, x, maps)
     y      = int8_network(layers, int8)(to_int8(layers, int8, params, scales), x, maps)
 
-`int8` is the set of layers that run on integers: `convolutions(layers) - first_and_last(layers)`, or what
-`choose_int8` makes of a table of measured times.
+`list_layers` makes the list from a model of `fquant.sparse.nn` modules. `int8` is the set of layers
+that run on integers: `convolutions(layers) - first_and_last(layers)`, or what `choose_int8` makes
+of a table of measured times.
 """
 
 from fquant.sparse_network.batch_norm import fold_network
@@ -22,6 +23,7 @@ from fquant.sparse_network.choice import (
     describe_choices,
     measured_times,
 )
+from fquant.sparse_network.from_module import Listed, list_layers
 from fquant.sparse_network.int8 import Deployed, int8_network, to_int8
 from fquant.sparse_network.layer import Layer, check_layers, convolutions, first_and_last
 from fquant.sparse_network.maps import MapCache, cached_maps, make_maps
@@ -33,6 +35,7 @@ __all__ = [
     "Deployed",
     "Layer",
     "LayerTime",
+    "Listed",
     "MapCache",
     "SparseNetwork",
     "cached_maps",
@@ -45,6 +48,7 @@ __all__ = [
     "int8_network",
     "int8_rules",
     "level_counts",
+    "list_layers",
     "make_maps",
     "measured_times",
     "pad_network",

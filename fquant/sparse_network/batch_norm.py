@@ -31,15 +31,20 @@ def fold_network(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[s
     """
     folded: dict[str, Tensor] = {}
     for layer in layers:
-        if f"{layer.name}.weight" not in state:
-            continue
-        weight = state[f"{layer.name}.weight"]
-        bias = state.get(f"{layer.name}.bias")
-        norm = f"{layer.name}.norm"
-        if f"{norm}.weight" in state:
-            factor = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + EPS)
-            weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
-            bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * factor
-        folded[f"{layer.name}.weight"] = weight
-        folded[f"{layer.name}.bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        if f"{layer.name}.weight" in state:
+            weight, bias = fold(state, layer.name, f"{layer.name}.norm", EPS)
+            folded[f"{layer.name}.weight"], folded[f"{layer.name}.bias"] = weight, bias
     return folded
+
+
+def fold(
+    state: Mapping[str, Tensor], conv: str, norm: str | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns (weight, bias) of the layer at path `conv`, with the batch norm at path `norm`, if any."""
+    weight = state[f"{conv}.weight"]
+    bias = state.get(f"{conv}.bias", weight.new_zeros(weight.shape[0]))
+    if norm is None or f"{norm}.weight" not in state:
+        return weight, bias
+    factor = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + eps)
+    bias = state[f"{norm}.bias"] + (bias - state[f"{norm}.running_mean"]) * factor
+    return weight * factor.view(-1, *[1] * (weight.ndim - 1)), bias

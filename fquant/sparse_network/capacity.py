@@ -27,10 +27,10 @@ def level_counts(layers: Sequence[Layer], x: SparseTensor, maps: Maps) -> dict[s
 def pad_network(
     layers: Sequence[Layer], x: SparseTensor, maps: Maps, capacity: Mapping[str, int]
 ) -> tuple[SparseTensor, Maps]:
-    """Returns (x, maps) with as many rows at each level as `capacity` says; see `fquant.sparse.capacity`.
+    """Returns (x, maps) with as many rows at each level as `capacity` says (`fquant.sparse.capacity`).
 
-    Scenes that differ in their number of cells then have one shape, and a network compiled or captured for it
-    runs them all. In the rows of cells its results are those without padding.
+    Scenes that differ in their number of cells then have one shape, and a network compiled or
+    captured for it runs them all. In the rows of cells its results are those without padding.
 
     Raises:
         ValueError: a level is missing in capacity, or has more cells than its capacity; the message

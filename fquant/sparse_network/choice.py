@@ -84,7 +84,8 @@ def choose_int8(
         ValueError: times are empty, or a name is no convolution of the network.
 
     Example:
-        >>> layers = [Layer("a", "subm", (4, 16)), Layer("b", "subm", (16, 16)), Layer("c", "subm", (16, 3))]
+        >>> channels = {"a": (4, 16), "b": (16, 16), "c": (16, 3)}
+        >>> layers = [Layer(name, "subm", c) for name, c in channels.items()]
         >>> slow, fast = LayerTime(27, (4, 16), 90.0, 70.0), LayerTime(27, (16, 16), 60.0, 150.0)
         >>> print(describe_choices(choose_int8(layers, [slow, fast])))
         a  float32  first or last

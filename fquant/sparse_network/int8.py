@@ -101,6 +101,11 @@ def int8_network(
     keys = {name: geometry.key for name, geometry in geometries(layers).items()}
     quantized = quantized_values(layers, int8)
     joins = integer_joins(layers, int8)
+    last_reader = {
+        name: layer.name
+        for layer in steps
+        for name in (*layer.inputs, *filter(None, [layer.residual]))
+    }
 
     def kept(name: str, value: Value, deployed: Deployed) -> Value:
         if name not in quantized or isinstance(value.features, QTensor):
@@ -115,6 +120,10 @@ def int8_network(
             residual = values[layer.residual] if layer.residual else None
             y = _run(layer, deployed, read, kernel_map, residual)
             values[layer.name] = kept(layer.name, y, deployed)
+            if not with_values:  # what nobody will read any more need not take memory
+                done = [name for name in values if last_reader.get(name) == layer.name]
+                for name in done:
+                    del values[name]
         output = values[steps[-1].name]
         return (output, values) if with_values else output
 

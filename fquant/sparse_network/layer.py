@@ -24,6 +24,7 @@ class Layer:
         kernel_size: taps per axis.
         stride: input cells per output cell, of "conv" and "max_pool".
         padding: cells of zeros around the grid, of "conv" and "max_pool".
+        dilation: cells between taps, of "subm", "conv" and "max_pool".
         inputs: the values it reads, concatenated by channels; empty for the layer before.
             "input" is the network's input.
         residual: the value that is added before the ReLU; empty for none.
@@ -37,6 +38,7 @@ class Layer:
     kernel_size: Sizes = 3
     stride: Sizes = 1
     padding: Sizes = 0
+    dilation: Sizes = 1
     inputs: tuple[str, ...] = ()
     residual: str = ""
     relu: bool = True
@@ -118,7 +120,8 @@ def first_and_last(layers: Sequence[Layer]) -> frozenset[str]:
     has nothing behind it that would make up for its rounding.
 
     Example:
-        >>> layers = [Layer("a", "subm", (4, 8)), Layer("b", "subm", (8, 8)), Layer("c", "subm", (8, 2))]
+        >>> channels = {"a": (4, 8), "b": (8, 8), "c": (8, 2)}
+        >>> layers = [Layer(name, "subm", c) for name, c in channels.items()]
         >>> sorted(first_and_last(layers))
         ['a', 'c']
     """

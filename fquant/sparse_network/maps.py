@@ -13,7 +13,7 @@ from fquant.sparse_network.layer import NETWORK_INPUT, Layer, with_inputs
 Maps = dict[str, KernelMap]
 
 
-class Geometry(NamedTuple):
+class MapRecipe(NamedTuple):
     """How a layer's map is built; layers with equal ones share it.
 
     Attributes:
@@ -23,6 +23,7 @@ class Geometry(NamedTuple):
         kernel_size: taps per axis; this and the next as in `Layer`.
         stride: input cells per output cell.
         padding: cells of zeros around the grid.
+        dilation: cells between taps.
     """
 
     reads: str
@@ -31,23 +32,24 @@ class Geometry(NamedTuple):
     kernel_size: int | tuple[int, ...]
     stride: int | tuple[int, ...]
     padding: int | tuple[int, ...]
+    dilation: int | tuple[int, ...]
 
     @property
     def key(self) -> str:
         """The name of the map."""
         if self.kind == "subm":
-            return f"{self.reads}/subm{self.kernel_size}"
+            return f"{self.reads}/subm{self.kernel_size}{_spaced(self.dilation)}"
         return self.writes if self.kind == "conv" else f"{self.reads}/inverse"
 
 
-def geometries(layers: Sequence[Layer]) -> dict[str, Geometry]:
+def geometries(layers: Sequence[Layer]) -> dict[str, MapRecipe]:
     """Returns the geometry of each layer that has a map, by the layer's name.
 
     Raises:
         ValueError: a layer joins values that lie at different cells.
     """
     cells = {NETWORK_INPUT: NETWORK_INPUT}
-    found: dict[str, Geometry] = {}
+    found: dict[str, MapRecipe] = {}
     for layer in with_inputs(layers):
         here = cells[layer.inputs[0]]
         cells[layer.name] = here
@@ -58,10 +60,11 @@ def geometries(layers: Sequence[Layer]) -> dict[str, Geometry]:
             )
         size = layer.kernel_size
         if layer.op == "subm":
-            found[layer.name] = Geometry(here, here, "subm", size, 1, 0)
+            found[layer.name] = MapRecipe(here, here, "subm", size, 1, 0, layer.dilation)
         elif layer.op in ("conv", "max_pool"):
-            key = f"{here}/conv{size}s{layer.stride}p{layer.padding}"
-            found[layer.name] = Geometry(here, key, "conv", size, layer.stride, layer.padding)
+            sizes = (size, layer.stride, layer.padding, layer.dilation)
+            key = f"{here}/conv{size}s{layer.stride}p{layer.padding}{_spaced(layer.dilation)}"
+            found[layer.name] = MapRecipe(here, key, "conv", *sizes)
             cells[layer.name] = key
         elif layer.op == "inverse":
             down = found[layer.undoes]
@@ -70,7 +73,7 @@ def geometries(layers: Sequence[Layer]) -> dict[str, Geometry]:
                     f"geometries: layer {layer.name!r}: undoes must name a convolution with its cells "
                     f"and kernel size, {here} and {size}, got {down.writes} and {down.kernel_size}."
                 )
-            found[layer.name] = Geometry(down.writes, down.reads, "inverse", size, 1, 0)
+            found[layer.name] = MapRecipe(down.writes, down.reads, "inverse", size, 1, 0, 1)
             cells[layer.name] = down.reads
         if layer.residual and cells[layer.residual] != cells[layer.name]:
             raise ValueError(
@@ -87,7 +90,8 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.ones(1, 1, 4))
-        >>> layers = [Layer("a", "subm", (1, 2)), Layer("b", "subm", (2, 2)), Layer("c", "conv", (2, 2), 2, 2)]
+        >>> layers = [Layer("a", "subm", (1, 2)), Layer("b", "subm", (2, 2))]
+        >>> layers.append(Layer("c", "conv", (2, 2), 2, 2))
         >>> sorted(make_maps(layers, x))
         ['input/conv2s2p0', 'input/subm3']
     """
@@ -100,12 +104,15 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
             continue
         cells: Cells = x if geometry.reads == NETWORK_INPUT else maps[geometry.reads]
         if geometry.kind == "subm":
-            maps[geometry.key] = subm_map(cells, geometry.kernel_size)
+            maps[geometry.key] = subm_map(cells, geometry.kernel_size, geometry.dilation)
         else:
-            maps[geometry.key] = conv_map(
-                cells, geometry.kernel_size, geometry.stride, geometry.padding
-            )
+            sizes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+            maps[geometry.key] = conv_map(cells, *sizes)
     return maps
+
+
+def _spaced(dilation: int | tuple[int, ...]) -> str:
+    return "" if dilation == 1 else f"d{dilation}"
 
 
 class MapCache(NamedTuple):
@@ -135,9 +142,7 @@ class MapCache(NamedTuple):
         return cls({}, capacity)
 
 
-def cached_maps(
-    layers: Sequence[Layer], x: SparseTensor, cache: MapCache
-) -> tuple[Maps, MapCache]:
+def cached_maps(layers: Sequence[Layer], x: SparseTensor, cache: MapCache) -> tuple[Maps, MapCache]:
     """Returns (maps, cache): those of the cache if it has the very same cells, else newly made ones.
 
     The cache that comes back has the scene as its most recent; the one given is as it was. Scenes are

@@ -56,10 +56,10 @@ class SparseNetwork(nn.Module):
         """Returns the last layer's result: a SparseTensor, or a tensor `(samples, channels)`."""
         values: dict[str, Value] = {NETWORK_INPUT: self.input(x)}
         for layer in self.layers:
-            read = concatenated([values[name] for name in layer.inputs])
+            read: Value = concatenated([values[name] for name in layer.inputs])
             kernel_map = maps[self.map_keys[layer.name]] if layer.name in self.map_keys else None
             if layer.op == "max_pool":
-                y = max_pool(read, layer.kernel_size, kernel_map=kernel_map)
+                y: Value = max_pool(read, layer.kernel_size, kernel_map=kernel_map)
             elif layer.op == "global_avg_pool":
                 y = global_avg_pool(read, count_absent=False)
             else:

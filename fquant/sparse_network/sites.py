@@ -24,7 +24,8 @@ def quantized_values(layers: Sequence[Layer], int8: Collection[str]) -> frozense
         ValueError: int8 names a layer that is no convolution.
 
     Example:
-        >>> layers = [Layer("a", "subm", (4, 8)), Layer("b", "subm", (8, 8)), Layer("c", "subm", (8, 2))]
+        >>> channels = {"a": (4, 8), "b": (8, 8), "c": (8, 2)}
+        >>> layers = [Layer(name, "subm", c) for name, c in channels.items()]
         >>> sorted(quantized_values(layers, {"b"}))
         ['a']
     """

@@ -133,11 +133,12 @@ def labelled_scan(sensor: Sensor) -> tuple[np.ndarray, np.ndarray]:
     return _sweep(sensor, *_objects(sensor, random), random)
 
 
-def voxelize(points: np.ndarray, voxel: tuple[float, ...]) -> tuple[Tensor, tuple[int, ...]]:
+def voxelize(points: np.ndarray, voxel: tuple[float, ...]) -> tuple[Tensor, tuple[int, int, int]]:
     """Returns unique voxels in order of first point, as (batch, z, y, x), and the grid."""
     cells = np.floor(points[:, ::-1] / np.asarray(voxel)).astype(np.int64)
     cells -= cells.min(axis=0)
-    shape = tuple(int(size) for size in cells.max(axis=0) + 1)
+    z, y, x = (int(size) for size in cells.max(axis=0) + 1)
+    shape = (z, y, x)
     _, first = np.unique(np.ravel_multi_index(tuple(cells.T), shape), return_index=True)
     cells = cells[np.sort(first)]
     coords = np.concatenate([np.zeros((len(cells), 1), np.int64), cells], axis=1)
@@ -172,7 +173,7 @@ def of_size(num_voxels: int) -> Scene:
 
 
 def data_folder(name: str = "lidar") -> Path | None:
-    """Returns a folder of real data: `$FQUANT_DATA/{name}`, else `../shared/data/{name}`, if it is there."""
+    """Returns a folder of real data in `$FQUANT_DATA`, else in `../shared/data`, if it is there."""
     root = os.environ.get("FQUANT_DATA")
     folder = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
     return folder / name if (folder / name).is_dir() else None

@@ -1,8 +1,20 @@
 """The sparse examples at their quick size: they run, learn, and int8 agrees with its simulation."""
 
-import pytest
+import json
+import os
+import subprocess
+import sys
 
-from fquant.examples import lidar_segmentation, sparse_images, streaming
+import numpy as np
+import pytest
+import torch
+
+from fquant.examples import (
+    distributed_calibration,
+    lidar_segmentation,
+    sparse_images,
+    streaming,
+)
 
 
 def check(rows, least_accuracy, labels):
@@ -46,8 +58,28 @@ def test_streaming(capsys):
 
 
 def test_intersection_over_union():
-    import torch
-
     predicted, labels = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
     iou = lidar_segmentation.intersection_over_union(predicted, labels, 3)
     assert torch.allclose(iou, torch.tensor([50.0, 100 / 3, 0.0], dtype=torch.float64))
+
+
+def test_calibration_on_two_processes_is_that_of_one(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for i in range(3):
+        points = torch.randn(400 * (i + 1), 3, generator=g) * torch.tensor([3.0, 3.0, 0.5])
+        np.savez(tmp_path / f"scan{i}.npz", xyz=points.numpy())
+    arguments = [str(tmp_path), "--reach", "6"]
+    alone = distributed_calibration.main(arguments)
+    scales = tmp_path / "scales.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [
+        "-m",
+        "fquant.examples.distributed_calibration",
+        *arguments,
+        "--scales",
+        str(scales),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
+    assert json.loads(scales.read_text()) == alone
+    assert len(alone) > 10

@@ -12,7 +12,6 @@ MAPS = {
     "submanifold": subm_map(CELLS, 3),
     "strided": conv_map(CELLS, 3, 2, 1),
     "inverse": transpose_map(conv_map(CELLS, 2, 2)),
-    "empty": subm_map(SparseTensor.from_dense(torch.zeros(1, 1, 3, 3)), 3),
 }
 
 
@@ -56,6 +55,17 @@ def test_derivatives_are_those_of_the_composition(name, monkeypatch):
         # float32 sums in another order, through up to three derivatives.
         size = expected.abs().max() if expected.numel() else 0.0
         assert torch.allclose(actual, expected, rtol=0, atol=1e-4 * float(size) + 1e-6)
+
+
+def test_no_cells():
+    kernel_map = subm_map(SparseTensor.from_dense(torch.zeros(1, 1, 3, 3)), 3)
+    f, w = torch.zeros(0, 3, requires_grad=True), torch.ones(4, 3, 3, 3, requires_grad=True)
+    x = SparseTensor(f, kernel_map.in_coords, kernel_map.in_shape, kernel_map.batch_size)
+    y = sparse_conv(x, w, kernel_map=kernel_map).features
+    assert y.shape == (0, 4)
+    once = torch.autograd.grad(y.sum(), [f, w], create_graph=True)
+    assert [g.shape for g in once] == [f.shape, w.shape]
+    assert not once[1].any()
 
 
 def test_other_transforms_take_the_composition(monkeypatch):
