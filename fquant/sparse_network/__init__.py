@@ -16,6 +16,7 @@ of a table of measured times.
 
 from fquant.sparse_network.batch_norm import fold_network
 from fquant.sparse_network.capacity import level_counts, pad_network
+from fquant.sparse_network.card import card_of_network
 from fquant.sparse_network.choice import (
     Choice,
     LayerTime,
@@ -39,6 +40,7 @@ __all__ = [
     "MapCache",
     "SparseNetwork",
     "cached_maps",
+    "card_of_network",
     "check_layers",
     "choose_int8",
     "convolutions",
