@@ -2,7 +2,7 @@
 //
 // A voxel's place in the bitmap is linear in its coordinates, modulo the size of the bitmap, and
 // 1 along the last axis. So an offset adds a constant to the place, and the offsets of a line
-// (those that differ on the last axis only) are one window of bits. The bitmap has 64 to 128 bits per voxel
+// (those that differ on the last axis only) are one window of bits. The bitmap has 44 to 88 bits per voxel
 // however large the grid is; where the grid is larger, cells share a place, 1 to 3 % of the absent
 // reads look present, and the line kept beside each voxel tells. Most reads are absent and cost a
 // few instructions on bits that stay in cache.
@@ -76,7 +76,9 @@ inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, 
     return bits;
   };
   // At least one word, and no more than a dense box of all cells has.
-  const int plenty = ceil_log2(static_cast<__int128>(count) * 64), dense = ceil_log2(lines * last);
+  // Bits per voxel, submanifold maps of 86k / 89k / 110k voxels, ms (Zen 3, 512 kB of L2): 98 / 95 /
+  // 76 bits 7.2 / 8.8 / 9.9, 49 / 47 / 38 bits 5.9 / 7.9 / 11.6. So 44 to 88.
+  const int plenty = ceil_log2(static_cast<__int128>(count) * 44), dense = ceil_log2(lines * last);
   const int bits = std::max({6, std::min(plenty, dense), ceil_log2(last)});
   if (bits > std::min(31, plenty + 6)) return false;
   frame->place_bits = bits;
