@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fquant.checks import values_readable
+from fquant.straight_through import Clipped, where_inside
 
 # Temporary tensors of this many elements stay in the cache and cost no new memory.
 PART = 2**17
@@ -31,9 +32,9 @@ def fake_quantize_eager(
     return _Eager.apply(x, grid_of, low, high)
 
 
-class _Eager(torch.autograd.Function):
+class _Eager(Clipped):
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[override]  # the grid as a function, applied in parts
         x: Tensor, grid_of: Callable[[Tensor], Tensor], low: Tensor, high: Tensor
     ) -> Tensor:
         # Adding 0 turns a negative zero positive, as in `straight_through`.
@@ -42,27 +43,16 @@ class _Eager(torch.autograd.Function):
         return grid_of(x).add_(0.0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, low, high = inputs
-        ctx.save_for_backward(x, low, high)
-        ctx.save_for_forward(x, low, high)
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, low, high = ctx.saved_tensors
 
         def masked(x: Tensor, gradient: Tensor) -> Tensor:
-            return torch.where((x >= low) & (x <= high), gradient, 0.0)
+            return where_inside(x, low, high, gradient)
 
         # With a graph of the backward to keep, it must be one differentiable operation.
         if low.ndim == 0 and not torch.is_grad_enabled():
             return _in_parts(masked, x, gradient), None, None, None
         return masked(x, gradient), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        x, low, high = ctx.saved_tensors
-        return torch.where((x >= low) & (x <= high), tangent, torch.zeros_like(tangent))
 
 
 def _in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ Params = Mapping[str, Tensor]
 
 
 def param_scales(params: Params, specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
-    """Returns the step of each name in specs, `compute_scale(compute_amax(param, spec.axis))`.
+    """Returns the step of each name in specs, by the groups of its spec.
 
     Raises:
         ValueError: specs names a parameter that params does not have.
     """
     _require_names("param_scales", "specs", specs, params)
-    return {n: compute_scale(compute_amax(params[n], s.axis), s) for n, s in specs.items()}
+    return {n: compute_scale(compute_amax(params[n], s.axis, s.block), s) for n, s in specs.items()}
 
 
 def fake_quant_params(

@@ -71,6 +71,22 @@ def test_nonfinite_values_are_counted_and_reported():
     fixed = fq.FixedWidthHistogramObserver()
     state = fixed.update(fixed.init(), torch.tensor([NAN, 2.0]))
     assert int(state.num_nonfinite) == int(state.counts.sum()) == 1
+    with pytest.warns(fq.NonFiniteWarning, match="1 NaN or infinite values were left out of 1"):
+        fixed.amax(state)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (7, 700), (700, 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parts_of_any_length_are_counted_as_one(shape, dtype, monkeypatch):
+    axis = None if len(shape) == 1 else 0
+    observer = fq.HistogramObserver(axis, num_bins=16, skip_zeros=True)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.view(-1)[:9] = torch.tensor([0.0, -0.0, NAN, INF, -INF, 3.0, -4.0, 4.0, 2.0])
+    traced = torch.func.vmap(observer.update, (None, 0))(observer.init(), x.unsqueeze(0))
+    for part in (1, 100, 2**16):
+        monkeypatch.setattr("fquant.observers.histogram.PART", part)
+        for actual, expected in zip(observer.update(observer.init(), x), traced, strict=True):
+            assert torch.equal(actual, expected[0])
 
 
 def test_zeros_can_be_skipped_and_zero_groups_stay_exact():

@@ -13,9 +13,9 @@ split over processes.
 """
 
 from fquant.observers.analytic import aciq_multiplier, gaussian_std_from_range
-from fquant.observers.base import Observer
+from fquant.observers.base import NonFiniteWarning, Observer
 from fquant.observers.fixed_width import FixedWidthHistogramObserver, FixedWidthState
-from fquant.observers.histogram import HistogramObserver, HistogramState, NonFiniteWarning
+from fquant.observers.histogram import HistogramObserver, HistogramState
 from fquant.observers.maximum import MaxObserver, MaxState
 from fquant.observers.min_max import MinMaxObserver, MinMaxState
 from fquant.observers.moving_average import MovingAverageObserver, MovingAverageState

@@ -1,10 +1,15 @@
 """The four functions every observer has, and the checks they share."""
 
+import warnings
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fquant.checks import values_readable
+
+
+class NonFiniteWarning(UserWarning):
+    """NaN or infinities were seen; they were counted and left out of the histogram."""
 
 
 class Observer(Protocol):
@@ -36,3 +41,14 @@ def require_seen(function: str, count: Tensor) -> None:
     """Raises ValueError if nothing was observed; not checked where values cannot be read."""
     if values_readable(count) and bool((count == 0).any()):
         raise ValueError(f"{function}: state must have seen at least one value, got an empty one.")
+
+
+def report_nonfinite(num_nonfinite: Tensor, seen: Tensor) -> None:
+    """Warns of values left out of a histogram; silent where values cannot be read."""
+    if values_readable(num_nonfinite) and bool((num_nonfinite > 0).any()):
+        warnings.warn(
+            f"{int(num_nonfinite.sum())} NaN or infinite values were left out of "
+            f"{int(seen.sum())} others.",
+            NonFiniteWarning,
+            stacklevel=4,
+        )

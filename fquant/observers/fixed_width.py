@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fquant.checks import compute_dtype, require_floating
 from fquant.formats import Format
-from fquant.observers.base import require_seen
+from fquant.observers.base import report_nonfinite, require_seen
 from fquant.observers.readout import Histogram, read_amax, require_method
 from fquant.spec import INT8
 
@@ -109,12 +109,14 @@ class FixedWidthHistogramObserver:
         )
 
     def histogram(self, state: FixedWidthState) -> Histogram:
-        """Returns the counts and the width of a bin, to be read out.
+        """Returns the counts and the width of a bin, to be read out; warns of values left out.
 
         Raises:
             ValueError: nothing was seen.
         """
-        require_seen("FixedWidthHistogramObserver.histogram", state.counts.sum())
+        seen = state.counts.sum()
+        require_seen("FixedWidthHistogramObserver.histogram", seen)
+        report_nonfinite(state.num_nonfinite, seen)
         return Histogram(state.counts, state.width)
 
     def amax(self, state: FixedWidthState) -> Tensor:

@@ -1,7 +1,6 @@
 """Histograms of |x| on a power-of-two range grid."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,16 +11,15 @@ from fquant.binades import exponent_of, power_of_two
 from fquant.checks import compute_dtype, require_floating, values_readable
 from fquant.formats import Format
 from fquant.granularity import groups
-from fquant.observers.base import require_same_shape, require_seen
+from fquant.observers.base import report_nonfinite, require_same_shape, require_seen
 from fquant.observers.readout import Histogram, read_amax, require_method
 from fquant.spec import INT8
 
 # Ranges reach from 2^-100, below which everything counts as zero, up to what the dtype holds.
 LOWEST_EXPONENT = -100
 
-
-class NonFiniteWarning(UserWarning):
-    """NaN or infinities were seen; they were counted and left out of the histogram."""
+# Values that eager code counts at a time: fastest of 2^14 to 2^20.
+PART = 2**16
 
 
 class HistogramState(NamedTuple):
@@ -119,13 +117,7 @@ class HistogramObserver:
         """
         seen = state.counts.sum(-1) + state.num_zeros
         require_seen("HistogramObserver.histogram", seen)
-        if values_readable(state.num_nonfinite) and bool((state.num_nonfinite > 0).any()):
-            warnings.warn(
-                f"{int(state.num_nonfinite.sum())} NaN or infinite values were left out of "
-                f"{int(seen.sum())} others.",
-                NonFiniteWarning,
-                stacklevel=3,
-            )
+        report_nonfinite(state.num_nonfinite, seen)
         width = power_of_two(state.exponent - (self.num_bins.bit_length() - 1))
         return Histogram(state.counts, torch.where(state.exponent > LOWEST_EXPONENT, width, 0.0))
 
@@ -144,25 +136,8 @@ class HistogramObserver:
             zero = torch.zeros(shape, dtype=torch.int64, device=x.device)
             empty = torch.zeros(*shape, self.num_bins, dtype=torch.int64, device=x.device)
             return HistogramState(exponent, empty, zero, zero)
-        magnitude = rows.reshape(math.prod(shape), -1).to(compute_dtype(x)).abs()
-        top = magnitude.amax(dim=1)
-        num_nonfinite = torch.zeros(top.shape, dtype=torch.int64, device=x.device)
-        if not values_readable(top) or not bool(top.isfinite().all()):
-            finite = magnitude.isfinite()
-            num_nonfinite = (~finite).sum(dim=1)
-            magnitude = torch.where(finite, magnitude, 0.0)
-            top = magnitude.amax(dim=1)
-        exponent = (exponent_of(top) + 1).clamp(min=LOWEST_EXPONENT)
-        shift = self.num_bins.bit_length() - 1
-        per_unit = power_of_two(shift - exponent, magnitude.dtype)
-        bins = (magnitude * per_unit.unsqueeze(1)).int()
-        counts = _count_rows(bins, self.num_bins)
-        left_out = num_nonfinite
-        num_zeros = torch.zeros_like(num_nonfinite)
-        if self.skip_zeros:
-            num_zeros = (magnitude == 0).sum(dim=1) - num_nonfinite
-            left_out = left_out + num_zeros
-        counts = torch.cat([counts[:, :1] - left_out.unsqueeze(1), counts[:, 1:]], dim=1)
+        wide = rows.reshape(math.prod(shape), -1)
+        exponent, counts, num_zeros, num_nonfinite = _counts(wide, self.num_bins, self.skip_zeros)
         return HistogramState(
             exponent.reshape(shape),
             counts.reshape(*shape, self.num_bins),
@@ -171,15 +146,49 @@ class HistogramObserver:
         )
 
 
-def _count_rows(bins: Tensor, num_bins: int) -> Tensor:
-    """Counts of 0 to num_bins - 1 in each row, int64."""
-    if values_readable(bins):  # five times as fast, but its output shape cannot be traced
-        offset = torch.arange(len(bins), dtype=bins.dtype, device=bins.device) * num_bins
-        flat = bins if len(bins) == 1 else bins + offset.unsqueeze(1)
-        return flat.reshape(-1).bincount(minlength=len(bins) * num_bins).reshape(-1, num_bins)
-    ones = torch.ones((), dtype=torch.int64, device=bins.device).expand(bins.shape)
-    zeros = torch.zeros(len(bins), num_bins, dtype=torch.int64, device=bins.device)
-    return zeros.scatter_add(1, bins.long(), ones)
+def _counts(rows: Tensor, num_bins: int, skip_zeros: bool) -> HistogramState:
+    """The state after the values of each row, (rows, values)."""
+    readable = values_readable(rows)
+    none = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    # A third of abs().amax() in time, 1 / 18 of aminmax(dim=1).
+    top = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).to(compute_dtype(rows))
+    num_nonfinite, num_zeros = none, none
+    if not readable or not bool(top.isfinite().all()):
+        finite = rows.isfinite()
+        num_nonfinite = (~finite).sum(dim=1)
+        rows = torch.where(finite, rows, 0.0)
+        top = rows.abs().amax(dim=1).to(compute_dtype(rows))
+    if skip_zeros:
+        num_zeros = (rows == 0).sum(dim=1) - num_nonfinite
+    exponent = (exponent_of(top) + 1).clamp(min=LOWEST_EXPONENT)
+    per_unit = power_of_two(num_bins.bit_length() - 1 - exponent, top.dtype).unsqueeze(1)
+    if readable:
+        counts = _bincount(rows, per_unit, num_bins)
+    else:  # the shape of bincount's result cannot be traced
+        ones = torch.ones((), dtype=torch.int64, device=rows.device).expand(rows.shape)
+        empty = torch.zeros(len(rows), num_bins, dtype=torch.int64, device=rows.device)
+        counts = empty.scatter_add(1, _bins(rows, per_unit).long(), ones)
+    left_out = (num_nonfinite + num_zeros).unsqueeze(1)
+    counts = torch.cat([counts[:, :1] - left_out, counts[:, 1:]], dim=1)
+    return HistogramState(exponent, counts, num_zeros, num_nonfinite)
+
+
+def _bins(rows: Tensor, per_unit: Tensor) -> Tensor:
+    """The bin of each value, int32; the product with a power of two is exact."""
+    return (rows.to(per_unit.dtype) * per_unit).abs().int()
+
+
+def _bincount(rows: Tensor, per_unit: Tensor, num_bins: int) -> Tensor:
+    """Counts of the bins of each row, int64, over parts whose temporary tensors stay in the cache."""
+    total = len(rows) * num_bins
+    columns = max(PART, 4 * total) // len(rows)
+    offset = torch.arange(0, total, num_bins, dtype=torch.int32, device=rows.device).unsqueeze(1)
+    counts = torch.zeros(total, dtype=torch.int64, device=rows.device)
+    for part in rows.split(columns, dim=1):
+        bins = _bins(part, per_unit)
+        bins = bins if len(rows) == 1 else bins + offset
+        counts += bins.reshape(-1).bincount(minlength=total)
+    return counts.reshape(len(rows), num_bins)
 
 
 def _widened(state: HistogramState, exponent: Tensor) -> Tensor:
