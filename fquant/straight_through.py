@@ -59,11 +59,13 @@ class Clipped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return where_inside(*ctx.saved_tensors, gradient), None, None, None
+        x, low, high = ctx.saved_tensors
+        return where_inside(x, low, high, gradient), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return where_inside(*ctx.saved_tensors, tangent)
+        x, low, high = ctx.saved_tensors
+        return where_inside(x, low, high, tangent)
 
 
 # Dynamo drops the backward of an autograd.Function under torch.func.grad, unless it is kept from
