@@ -96,7 +96,9 @@ def transposed_neighbors(
                 [-1,  0, -1,  1]], dtype=torch.int32)
     """
     axes = len(size)
-    axis_of = [[-1 if a == axis else 1 for a in range(2 * axes + 1)] for axis in range(2 * axes + 1)]
+    axis_of = [
+        [-1 if a == axis else 1 for a in range(2 * axes + 1)] for axis in range(2 * axes + 1)
+    ]
     rows = torch.arange(batch, dtype=torch.int32, device=device).reshape(axis_of[axes])
     absent: Tensor | None = None
     for axis in range(axes):
@@ -139,10 +141,18 @@ def _by_rows(
     shape = [weight_shape[0], math.prod(weight_shape[1:-1]), weight_shape[-1]]
     if isa:
         return fquant_kernels.sparse_conv_int8_packed(
-            rows, weight, shape, isa, neighbors, *epilogue  # type: ignore[arg-type]
+            rows,
+            weight,
+            shape,
+            isa,
+            neighbors,
+            *epilogue,  # type: ignore[arg-type]
         )
     return fquant_kernels.sparse_conv_int8(
-        rows, weight.reshape(shape), neighbors, *epilogue  # type: ignore[arg-type]
+        rows,
+        weight.reshape(shape),
+        neighbors,
+        *epilogue,  # type: ignore[arg-type]
     )
 
 

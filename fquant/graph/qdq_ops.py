@@ -57,7 +57,9 @@ def format_from_text(text: str) -> Format:
     return spec
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, name: str) -> Tensor:
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, name: str
+) -> Tensor:
     return quantize_tensor(x, scale, zero_point, format_from_text(format)).q
 
 

@@ -186,5 +186,3 @@ def _moved(editor: Editor, move: Node, change: Callable[[Node], Node], before: N
         )
     new = map_arg(first, change) if move.target is CAT else change(first)
     return editor.call(move.target, new, *move.args[1:], before=before)
-
-

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from fquant.records import QTensor
@@ -149,4 +148,3 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
             "fquant.dequantize the record first."
         )
     return x.features
-

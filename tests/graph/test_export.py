@@ -61,9 +61,7 @@ def test_the_graph_is_fake_quantization_bit_for_bit(name, weights, tmp_path):
             for n in nodes
         )
     assert not any(
-        n.target._schema.is_mutable
-        for n in nodes
-        if isinstance(n.target, torch._ops.OpOverload)
+        n.target._schema.is_mutable for n in nodes if isinstance(n.target, torch._ops.OpOverload)
     )
 
 
