@@ -1,7 +1,7 @@
 """Lowered programs against float under the same torch.compile: a CNN, an MLP, a sparse backbone.
 
-Answers are checked first: the compiled int8 program equals the eager one bit for bit, and its integers are
-those of the Q/DQ graph but for one step in at most one of a thousand. `float_share_of_peak` is of
+Answers are checked first: the compiled int8 program equals the eager one bit for bit, and its integers
+are those of the Q/DQ graph but for one step in at most one of a thousand. `float_share_of_peak` is of
 the processor's float32 multiply-accumulate rate. On AVX2 without VNNI an exact integer product
 (vpmaddwd, 16 a step) has twice the rate of a float one (8 a step), which bounds the ratio there.
 """

@@ -95,12 +95,14 @@ def from_constant(value: Any) -> Any:
 
 
 def to_json(value: Any) -> Any:
+    """Returns a context, of tuples, primitives and dtypes, as what JSON holds."""
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
 
 
 def from_json(value: Any) -> Any:
+    """Returns the context that `to_json` was given."""
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
     if isinstance(value, dict):

@@ -140,10 +140,11 @@ def sink_dequantize(editor: Editor) -> None:
 def cancel(editor: Editor) -> None:
     """Takes out Q of DQ on the same grid."""
     for node in editor.nodes(qdq_ops.quantize):
-        source = node.args[0]
-        if is_dequantize(source) and not node.meta.get("keep") and not source.meta.get("keep"):  # type: ignore[union-attr]
-            if same_grid(editor, source, node):  # type: ignore[arg-type]
-                editor.replace(node, source.args[0])  # type: ignore[union-attr,arg-type]
+        source: Any = node.args[0]
+        if not is_dequantize(source) or node.meta.get("keep") or source.meta.get("keep"):
+            continue
+        if same_grid(editor, source, node):
+            editor.replace(node, source.args[0])
 
 
 def _movable(editor: Editor, node: Node) -> bool:
