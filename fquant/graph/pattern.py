@@ -169,7 +169,7 @@ def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
         NotLowered: it is not quantized so.
     """
     shape = node.meta["val"].shape if isinstance(node, Node) else ()
-    while isinstance(node, Node) and node.target in (aten.view.default, aten.reshape.default):
+    while isinstance(node, Node) and node.target is aten.reshape.default:
         node = node.args[0]
     if not is_dequantize(node) or not editor.constant(node):
         raise NotLowered("its weight is not a quantized constant")

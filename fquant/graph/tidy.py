@@ -26,9 +26,7 @@ aten = torch.ops.aten
 CAT = aten.cat.default
 # Each element of the result is an element of the first argument, or the largest of several.
 RESHAPES = (
-    aten.view.default,
     aten.reshape.default,
-    aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unsqueeze.default,
     aten.squeeze.dim,
@@ -47,6 +45,8 @@ SUNK = (*RESHAPES, *POOLS, *PARTS, CAT)
 
 def tidy(editor: Editor) -> None:
     """Applies all of them, until nothing moves any more."""
+    for view in editor.nodes(aten.view.default, aten._unsafe_view.default):
+        view.target = aten.reshape.default  # integer layers give channels-last strides
     lift_relu(editor)
     changed = True
     while changed:

@@ -140,6 +140,8 @@ class Layer(nn.Module):
             y = y.relu()
         if self.follow == "clamp":
             y = y.clamp(-0.3, 0.2)
+        if self.follow == "none":
+            y = y.flatten(1)
         return fq.site("y", y)
 
 
