@@ -95,7 +95,7 @@ def from_constant(value: Any) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """Returns a context, of tuples, primitives and dtypes, as what JSON holds."""
+    """Returns a context as lists, dicts and primitives; `from_json` gives it back."""
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value

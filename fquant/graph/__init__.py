@@ -7,6 +7,7 @@ tidy       exact rewrites that bring Q/DQ nodes next to the layers they belong t
 pattern    what a line of a lowering table is about
 kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
+onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
 decomposed torch's own quantized_decomposed nodes, for tools that want them
 integers   what a program computes at each quantizer
@@ -18,6 +19,7 @@ from fquant.graph.export import dynamic_rows, export_qdq, store_integers
 from fquant.graph.integers import site_integers
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.lowering import Lowered, lower
+from fquant.graph.onnx import to_onnx
 from fquant.graph.pattern import Lowering, NotLowered, Pattern, integer_input, integer_weight
 from fquant.graph.prepack import prepack
 from fquant.graph.qdq_ops import (
@@ -56,5 +58,6 @@ __all__ = [
     "quantization_of",
     "site_integers",
     "store_integers",
+    "to_onnx",
     "to_quantized_decomposed",
 ]

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fquant.formats import Format
+from fquant.calibration import require_sites
 from fquant.graph import qdq_ops
 from fquant.graph.editor import Editor
 from fquant.interception.ops import DEFAULT_OPS, Ops
+from fquant.op_rules import Quantizer
 from fquant.plan import Plan
+from fquant.qstate import qstate_names
 from fquant.records import QTensor
 from fquant.sparse import KernelMap, SparseTensor
-from fquant.transforms import Params, State, _FakeQuantize, _Program, _require_sites
+from fquant.transforms import Params, State, _FakeQuantize, _Program
 
 aten = torch.ops.aten
 
@@ -72,7 +74,7 @@ def export_qdq(
     """
     if weights not in ("float", "integer"):
         raise ValueError(f"export_qdq: weights must be 'float' or 'integer', got {weights!r}.")
-    _require_sites("export_qdq", "qstate", qstate, plan.observers)
+    require_sites("export_qdq", "qstate", qstate, qstate_names(plan))
     captured = _Captured(_Program(model, plan, False, ops), params, qstate)
     program = torch.export.export(
         captured, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
@@ -158,10 +160,13 @@ class _Capture(_FakeQuantize):
 
     captures = True
 
-    def rounded(self, name: str, x: Tensor, scale: Tensor, spec: Format) -> Tensor:
-        text = qdq_ops.format_to_text(spec)
-        q = qdq_ops.quantize(x, scale, None, text, name)
-        return qdq_ops.dequantize(q, scale, None, text, x.dtype, name)
+    def rounded(
+        self, name: str, x: Tensor, quantizer: Quantizer, scale: Tensor, zero_point: Tensor | None
+    ) -> Tensor:
+        text = qdq_ops.format_to_text(quantizer.spec)
+        integer = None if zero_point is None else zero_point.to(torch.int32)
+        q = qdq_ops.quantize(x, scale, integer, text, name)
+        return qdq_ops.dequantize(q, scale, integer, text, x.dtype, name)
 
 
 def _without_copies(program: ExportedProgram) -> ExportedProgram:

@@ -4,22 +4,50 @@
 them; they are called by those names only where a graph is captured to be matched (`capturing`).
 """
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+import fquant_kernels
 from fquant.interception.stack import capturing
+from fquant.sparse import eager_conv
 from fquant_kernels.library import define_composite_op
 
 
 def gather_neighbors(features: Tensor, neighbors: Tensor, absent: float) -> Tensor:
-    """Returns `(K, M, C)`: the feature row each output reads at each offset, `absent` where none."""
+    """Returns `(M, K, C)`: the feature row each output reads at each offset, `absent` where none.
+
+    `torch.embedding` gathers twice as fast as indexing does, and its derivative skips absent rows.
+    """
+    absent_row = features.shape[0]
     padded = torch.cat([features, features.new_full((1, features.shape[1]), absent)])
-    return padded[torch.where(neighbors < 0, features.shape[0], neighbors)]
+    rows = torch.where(neighbors < 0, absent_row, neighbors).T.contiguous()
+    return torch.embedding(padded, rows, absent_row)
+
+
+def fast_kernel_serves(features: Tensor) -> bool:
+    """Whether a float convolution runs as the inference op: float32 on CPU, and no derivative.
+
+    That is under `torch.no_grad` or `inference_mode`, outside of `torch.func` transforms,
+    forward-mode differentiation and `torch.export`, where plain operations are what is wanted.
+    """
+    if torch.is_grad_enabled() or features.dtype != torch.float32 or features.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _conv(features: Tensor, weight: Tensor, neighbors: Tensor, bias: Tensor | None) -> Tensor:
-    gathered = gather_neighbors(features, neighbors, 0.0)  # (K, M, Cin)
-    y = torch.einsum("kmi,oki->mo", gathered, weight)
+    if fast_kernel_serves(features):
+        return fquant_kernels.sparse_conv_float(features, weight, neighbors, bias)
+    if eager_conv.applies_to(features, weight):
+        y = eager_conv.eager_conv(features, weight, neighbors)
+    else:
+        gathered = gather_neighbors(features, neighbors, 0.0)  # (M, K, Cin)
+        y = gathered.flatten(1) @ weight.flatten(1).T
     return y if bias is None else y + bias
 
 
@@ -27,7 +55,11 @@ def _max_pool(features: Tensor, neighbors: Tensor) -> Tensor:
     lowest = float("-inf")
     if not features.is_floating_point():
         lowest = torch.iinfo(features.dtype).min
-    return gather_neighbors(features, neighbors, lowest).max(dim=0).values
+    if torch.is_grad_enabled() and features.is_floating_point():
+        return gather_neighbors(features, neighbors, lowest).max(dim=1).values
+    padded = torch.cat([features, features.new_full((1, features.shape[1]), lowest)])
+    taps = torch.where(neighbors < 0, features.shape[0], neighbors).unbind()
+    return functools.reduce(torch.maximum, (padded.index_select(0, tap) for tap in taps))
 
 
 _conv_op = define_composite_op(

@@ -1,4 +1,10 @@
-"""Sparse convolution in plain tensor operations: right under every torch transform."""
+"""Sparse convolution in plain tensor operations: right under every torch transform.
+
+Where no derivative can be asked for, the same sums come from `fquant_kernels.sparse_conv_float`,
+faster and without a table of gathered features (`fquant.sparse.capture.fast_kernel_serves` is the
+rule). The two differ by the order of summation: by at most `2 n 2^-24 sum |x w|` for sums of n
+products, in float32.
+"""
 
 from collections.abc import Sequence
 
@@ -8,10 +14,15 @@ from fquant.checks import require_same_device
 from fquant.interception.stack import quantizable
 from fquant.records import QTensor
 from fquant.sparse import capture
-from fquant.sparse.kernel_map import KernelMap, conv_map, subm_map
+from fquant.sparse.geometry import Sizes
+from fquant.sparse.kernel_map import (
+    KernelMap,
+    conv_map,
+    subm_map,
+    transpose_map,
+    transposed_conv_map,
+)
 from fquant.sparse.tensor import SparseTensor
-
-Sizes = int | Sequence[int]
 
 
 @quantizable(inputs=("x",), weight="weight")
@@ -94,6 +105,101 @@ def sparse_conv(
     elif given:
         raise ValueError(f"sparse_conv: geometry must be left to kernel_map, got {given}.")
     return convolve("sparse_conv", x, weight, bias, kernel_map)
+
+
+@quantizable(inputs=("x",), weight="weight")
+def sparse_conv_transpose(
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sizes | None = None,
+    padding: Sizes | None = None,
+    dilation: Sizes | None = None,
+    output_padding: Sizes | None = None,
+    kernel_map: KernelMap | None = None,
+) -> SparseTensor:
+    """Returns the transposed convolution of x at every output cell that an active cell writes.
+
+        y[i * stride - padding + k * dilation] += weight[:, k] @ x[i],    y += bias
+
+    It equals `torch.nn.functional.conv_transpose` of the densified tensor with the weight
+    `weight.movedim(-1, 0)`, read at those cells, which are sorted by linear key. Differentiable in
+    features, weight and bias.
+
+    Args:
+        x: features `(N, Cin)`; N may be 0.
+        weight: `(Cout, *kernel_size, Cin)` (KRSC), the dtype of the features.
+        bias: `(Cout,)`.
+        stride: output cells per input cell, 1 unless given; only without a kernel_map.
+        padding: output cells cut off around the grid, 0 unless given; likewise.
+        dilation: output cells between taps, 1 unless given; likewise.
+        output_padding: output cells added after each axis, 0 unless given; likewise.
+        kernel_map: `transposed_conv_map(x, ...)`, to share it and to stay traceable; None to build it
+            here, which reads values and so runs in eager code only.
+
+    Raises:
+        TypeError: x is no SparseTensor of float features, or weight has another dtype.
+        ValueError: a size is out of range; weight, bias or kernel_map does not fit x.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0]]]))
+        >>> y = sparse_conv_transpose(x, torch.tensor([[[1.0], [2.0]]]), stride=2)
+        >>> y.to_dense()
+        tensor([[[ 0.,  0.,  5., 10.]]])
+    """
+    check_conv_args("sparse_conv_transpose", x, weight, bias)
+    geometry = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "output_padding": output_padding,
+    }
+    given = {name: value for name, value in geometry.items() if value is not None}
+    if kernel_map is None:
+        kernel_map = transposed_conv_map(x, tuple(weight.shape[1:-1]), **given)
+    elif given:
+        raise ValueError(
+            f"sparse_conv_transpose: geometry must be left to kernel_map, got {given}."
+        )
+    return convolve("sparse_conv_transpose", x, weight, bias, kernel_map)
+
+
+@quantizable(inputs=("x",), weight="weight")
+def sparse_inverse_conv(
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_map: KernelMap,
+    transposed: bool = False,
+) -> SparseTensor:
+    """Returns the transposed convolution of x at the very cells that a convolution started from.
+
+    It is `sparse_conv_transpose` read at the inputs of `kernel_map`, in their order: how a U-Net goes
+    back up. Differentiable in features, weight and bias.
+
+    Args:
+        x: features `(M, Cin)` at the outputs of the convolution.
+        weight: `(Cout, *kernel_size, Cin)` (KRSC) of its kernel size.
+        bias: `(Cout,)`.
+        kernel_map: the map of the convolution or pooling that is undone.
+        transposed: whether kernel_map is its `transpose_map` already.
+
+    Raises:
+        TypeError: x is no SparseTensor of float features, or weight has another dtype.
+        ValueError: weight, bias or kernel_map does not fit x or is on another device.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0, 0.0]]]))
+        >>> down = fquant.sparse.conv_map(x, kernel_size=2, stride=2)
+        >>> coarse = fquant.sparse.sparse_conv(x, torch.ones(1, 2, 1), kernel_map=down)
+        >>> sparse_inverse_conv(coarse, torch.ones(1, 2, 1), kernel_map=down).to_dense()
+        tensor([[[0., 5., 7., 0.]]])
+    """
+    check_conv_args("sparse_inverse_conv", x, weight, bias)
+    back = kernel_map if transposed else transpose_map(kernel_map)
+    return convolve("sparse_inverse_conv", x, weight, bias, back)
 
 
 def convolve(

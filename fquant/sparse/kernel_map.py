@@ -7,13 +7,13 @@ output shape follows from its inputs, and one compiled graph serves every number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 import fquant_kernels
 from fquant.pytree import record, static
+from fquant.sparse.geometry import Geometry, Sizes, inverse_name, per_axis
 from fquant.sparse.tensor import check_coords
 from fquant_kernels.kernel_map import conv_output_shape, transposed_conv_output_shape
 
@@ -45,6 +45,7 @@ class KernelMap:
         out_shape: the grid of the outputs.
         batch_size: number of grids.
         kernel_size: taps per axis.
+        geometry: `Geometry.name` of what it was built with; "" for a map put together by hand.
     """
 
     neighbors: Tensor
@@ -54,6 +55,7 @@ class KernelMap:
     out_shape: tuple[int, ...] = static()
     batch_size: int = static()
     kernel_size: tuple[int, ...] = static()
+    geometry: str = static(default="")
 
     @property
     def coords(self) -> Tensor:
@@ -66,9 +68,7 @@ class KernelMap:
         return self.out_shape
 
 
-def subm_map(
-    cells: Cells, kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1
-) -> KernelMap:
+def subm_map(cells: Cells, kernel_size: Sizes, dilation: Sizes = 1) -> KernelMap:
     """Returns the map of a submanifold convolution: the outputs are the inputs, in their order.
 
     Args:
@@ -88,27 +88,28 @@ def subm_map(
                 [ 1, -1]], dtype=torch.int32)
     """
     axes = len(cells.spatial_shape)
-    kernel = _per_axis("subm_map", "kernel_size", kernel_size, axes, 1)
-    spacing = _per_axis("subm_map", "dilation", dilation, axes, 1)
+    kernel = per_axis("subm_map", "kernel_size", kernel_size, axes, 1)
+    spacing = per_axis("subm_map", "dilation", dilation, axes, 1)
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(
             f"subm_map: kernel_size must be odd, so that a tap lies on the cell itself, got {kernel}."
         )
     check_coords("subm_map", cells.coords, cells.spatial_shape, cells.batch_size)
     padding = tuple(k // 2 * d for k, d in zip(kernel, spacing, strict=True))
-    neighbors = fquant_kernels.kernel_neighbors(
-        cells.coords, cells.coords, cells.spatial_shape, kernel, (1,) * axes, padding, spacing
+    shape, coords = cells.spatial_shape, cells.coords
+    geometry = Geometry("subm", kernel, (1,) * axes, padding, spacing)
+    neighbors = fquant_kernels.kernel_neighbors(coords, coords, shape, *geometry.sizes)
+    return KernelMap(
+        neighbors, coords, coords, shape, shape, cells.batch_size, kernel, geometry.name
     )
-    shape = cells.spatial_shape
-    return KernelMap(neighbors, cells.coords, cells.coords, shape, shape, cells.batch_size, kernel)
 
 
 def conv_map(
     cells: Cells,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
 ) -> KernelMap:
     """Returns the map of a convolution: the outputs are all cells that read an active one.
 
@@ -133,36 +134,34 @@ def conv_map(
                 [ 0, -1]], dtype=torch.int32)
     """
     axes = len(cells.spatial_shape)
-    kernel = _per_axis("conv_map", "kernel_size", kernel_size, axes, 1)
-    step = _per_axis("conv_map", "stride", stride, axes, 1)
-    border = _per_axis("conv_map", "padding", padding, axes, 0)
-    spacing = _per_axis("conv_map", "dilation", dilation, axes, 1)
+    kernel = per_axis("conv_map", "kernel_size", kernel_size, axes, 1)
+    step = per_axis("conv_map", "stride", stride, axes, 1)
+    border = per_axis("conv_map", "padding", padding, axes, 0)
+    spacing = per_axis("conv_map", "dilation", dilation, axes, 1)
     shape = cells.spatial_shape
-    out_shape = conv_output_shape(shape, kernel, step, border, spacing)
+    geometry = Geometry("conv", kernel, step, border, spacing)
+    out_shape = conv_output_shape(shape, *geometry.sizes)
     if min(out_shape) < 1:
         raise ValueError(
             f"conv_map: kernel_size {kernel} with dilation {spacing} must fit the padded grid "
             f"{shape}, got an output grid of {out_shape}."
         )
     check_coords("conv_map", cells.coords, shape, cells.batch_size)
-    out_coords = fquant_kernels.conv_output_coords(
-        cells.coords, shape, kernel, step, border, spacing
-    )
-    neighbors = fquant_kernels.kernel_neighbors(
-        cells.coords, out_coords, shape, kernel, step, border, spacing
-    )
+    coords, batch_size = cells.coords, cells.batch_size
+    out_coords = fquant_kernels.conv_output_coords(coords, shape, *geometry.sizes)
+    neighbors = fquant_kernels.kernel_neighbors(coords, out_coords, shape, *geometry.sizes)
     return KernelMap(
-        neighbors, cells.coords, out_coords, shape, out_shape, cells.batch_size, kernel
+        neighbors, coords, out_coords, shape, out_shape, batch_size, kernel, geometry.name
     )
 
 
 def transposed_conv_map(
     cells: Cells,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    output_padding: int | Sequence[int] = 0,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    output_padding: Sizes = 0,
 ) -> KernelMap:
     """Returns the map of a transposed convolution, which makes new cells around the active ones.
 
@@ -191,26 +190,27 @@ def transposed_conv_map(
     """
     axes = len(cells.spatial_shape)
     name = "transposed_conv_map"
-    kernel = _per_axis(name, "kernel_size", kernel_size, axes, 1)
-    step = _per_axis(name, "stride", stride, axes, 1)
-    border = _per_axis(name, "padding", padding, axes, 0)
-    spacing = _per_axis(name, "dilation", dilation, axes, 1)
-    extra = _per_axis(name, "output_padding", output_padding, axes, 0)
+    kernel = per_axis(name, "kernel_size", kernel_size, axes, 1)
+    step = per_axis(name, "stride", stride, axes, 1)
+    border = per_axis(name, "padding", padding, axes, 0)
+    spacing = per_axis(name, "dilation", dilation, axes, 1)
+    extra = per_axis(name, "output_padding", output_padding, axes, 0)
     shape = cells.spatial_shape
-    geometry = (kernel, step, border, spacing)
-    out_shape = transposed_conv_output_shape(shape, *geometry, extra)
+    geometry = Geometry("transposed", kernel, step, border, spacing, extra)
+    out_shape = transposed_conv_output_shape(shape, *geometry.sizes, extra)
     if min(out_shape) < 1:
         raise ValueError(
             f"{name}: padding {border} must leave a cell of the output, "
             f"got an output grid of {out_shape}."
         )
     check_coords(name, cells.coords, shape, cells.batch_size)
-    out_coords = fquant_kernels.transposed_conv_output_coords(cells.coords, shape, *geometry, extra)
+    coords, batch_size = cells.coords, cells.batch_size
+    out_coords = fquant_kernels.transposed_conv_output_coords(coords, shape, *geometry.sizes, extra)
     # A convolution from the output grid to the input cells reads just what this one writes.
-    reads = fquant_kernels.kernel_neighbors(out_coords, cells.coords, out_shape, *geometry)
+    reads = fquant_kernels.kernel_neighbors(out_coords, coords, out_shape, *geometry.sizes)
     neighbors = fquant_kernels.transpose_neighbors(reads, out_coords.shape[0])
     return KernelMap(
-        neighbors, cells.coords, out_coords, shape, out_shape, cells.batch_size, kernel
+        neighbors, coords, out_coords, shape, out_shape, batch_size, kernel, geometry.name
     )
 
 
@@ -223,17 +223,26 @@ def transpose_map(kernel_map: KernelMap) -> KernelMap:
     m = kernel_map
     neighbors = fquant_kernels.transpose_neighbors(m.neighbors, m.in_coords.shape[0])
     return KernelMap(
-        neighbors, m.out_coords, m.in_coords, m.out_shape, m.in_shape, m.batch_size, m.kernel_size
+        neighbors,
+        m.out_coords,
+        m.in_coords,
+        m.out_shape,
+        m.in_shape,
+        m.batch_size,
+        m.kernel_size,
+        inverse_name(m.geometry),
     )
 
 
-def _per_axis(
-    function: str, argument: str, value: int | Sequence[int], axes: int, smallest: int
-) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or any(not isinstance(v, int) or v < smallest for v in values):
-        raise ValueError(
-            f"{function}: {argument} must be an int or {axes} ints of at least {smallest}, "
-            f"got {value!r}."
-        )
-    return values
+def build_map(cells: Cells, geometry: Geometry) -> KernelMap:
+    """Returns `subm_map`, `conv_map` or `transposed_conv_map` of the cells, as the geometry says.
+
+    Raises:
+        TypeError, ValueError: as the function that builds the map.
+    """
+    kernel, step, border, spacing = geometry.sizes
+    if geometry.kind == "subm":
+        return subm_map(cells, kernel, spacing)
+    if geometry.kind == "conv":
+        return conv_map(cells, kernel, step, border, spacing)
+    return transposed_conv_map(cells, kernel, step, border, spacing, geometry.output_padding)

@@ -22,6 +22,7 @@ def from_points(
     batch: Tensor | None = None,
     batch_size: int = 1,
     reduce: str = "mean",
+    max_points: int | None = None,
 ) -> tuple[SparseTensor, Tensor]:
     """Returns (cells, cell_of_point): the occupied voxels of a range, and each point's row in them.
 
@@ -38,11 +39,12 @@ def from_points(
         batch: `(P,)` integer sample of each point; None for one sample.
         batch_size: number of samples.
         reduce: "mean", "max" or "first" of the features of a cell's points; differentiable.
+        max_points: how many points of a cell take part, the first ones in order; None for all.
 
     Raises:
         TypeError: points or features is not a floating-point tensor.
-        ValueError: a shape does not fit, the range is empty, a sample is out of range, or reduce is
-            none of the three.
+        ValueError: a shape does not fit, the range is empty, a sample is out of range, reduce is
+            none of the three, or max_points is not positive.
 
     Example:
         >>> points = torch.tensor([[0.1, 0.2], [0.3, 0.4], [2.5, 0.1]])
@@ -61,6 +63,8 @@ def from_points(
         )
     if reduce not in REDUCTIONS:
         raise ValueError(f"from_points: reduce must be one of {REDUCTIONS}, got {reduce!r}.")
+    if max_points is not None and max_points < 1:
+        raise ValueError(f"from_points: max_points must be at least 1, got {max_points}.")
     sample = _samples(points, batch, batch_size)
 
     position = points.detach().double()
@@ -72,7 +76,11 @@ def from_points(
     for axis, cells in enumerate(shape):
         keys = keys * cells + cell[:, axis]
     unique, row = keys.unique(return_inverse=True)
-    reduced = _reduce(features[inside], row, unique.shape[0], reduce)
+    values, row_of = features[inside], row
+    if max_points is not None:
+        taking_part = _place_in_cell(row) < max_points
+        values, row_of = values[taking_part], row[taking_part]
+    reduced = _reduce(values, row_of, unique.shape[0], reduce)
     cell_of_point = torch.full((count,), -1, dtype=torch.int64, device=points.device)
     cell_of_point[inside] = row
     coords = coords_of_keys(unique, shape, torch.int32 if max(shape) < 2**31 else torch.int64)
@@ -128,6 +136,16 @@ def _samples(points: Tensor, batch: Tensor | None, batch_size: int) -> Tensor:
             f"got {int(batch.min())} to {int(batch.max())}."
         )
     return batch.long()
+
+
+def _place_in_cell(row: Tensor) -> Tensor:
+    """How many points of the same cell come before each point."""
+    in_order, point = row.sort(stable=True)
+    place = torch.empty_like(row)
+    place[point] = torch.arange(row.shape[0], device=row.device) - torch.searchsorted(
+        in_order, in_order
+    )
+    return place
 
 
 def _reduce(features: Tensor, row: Tensor, num_cells: int, reduce: str) -> Tensor:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fquant.records import QTensor
 from fquant.sparse.capture import gather_neighbors, window_max
-from fquant.sparse.conv import Sizes, check_map, outputs
+from fquant.sparse.conv import check_map, outputs
+from fquant.sparse.geometry import Sizes
 from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
 
@@ -64,6 +65,7 @@ def avg_pool(
     stride: Sizes | None = None,
     padding: Sizes = 0,
     *,
+    dilation: Sizes = 1,
     count_absent: bool = True,
     kernel_map: KernelMap | None = None,
 ) -> SparseTensor:
@@ -74,10 +76,11 @@ def avg_pool(
         kernel_size: cells per axis of a window.
         stride: cells from window to window; None for kernel_size.
         padding: cells around the grid that windows may reach into.
+        dilation: cells between the cells of a window.
         count_absent: whether absent cells count as zeros, as `torch.nn.functional.avg_pool` of the
             densified tensor has it; otherwise the mean is over active cells, as spconv has it.
-        kernel_map: `conv_map(x, kernel_size, stride, padding)`, to share it and to stay traceable;
-            None to build it here, in eager code.
+        kernel_map: `conv_map(x, kernel_size, stride, padding, dilation)`, to share it and to stay
+            traceable; None to build it here, in eager code.
 
     Raises:
         TypeError: x is no SparseTensor of float features.
@@ -90,9 +93,11 @@ def avg_pool(
     """
     features = _float_features("avg_pool", x)
     if kernel_map is None:
-        kernel_map = conv_map(x, kernel_size, kernel_size if stride is None else stride, padding)
+        kernel_map = conv_map(
+            x, kernel_size, kernel_size if stride is None else stride, padding, dilation
+        )
     check_map("avg_pool", x, None, kernel_map)
-    total = gather_neighbors(features, kernel_map.neighbors, 0.0).sum(dim=0)
+    total = gather_neighbors(features, kernel_map.neighbors, 0.0).sum(dim=1)
     if count_absent:
         return outputs(kernel_map, total / kernel_map.neighbors.shape[0])
     present = (kernel_map.neighbors >= 0).sum(dim=0).clamp(min=1).to(total.dtype)
@@ -113,12 +118,14 @@ def global_avg_pool(x: SparseTensor, *, count_absent: bool = True) -> Tensor:
         (tensor([[3.]]), tensor([[4.]]))
     """
     features = _float_features("global_avg_pool", x)
-    sample = x.coords[:, 0].long()
-    total = features.new_zeros(x.batch_size, features.shape[1]).index_add(0, sample, features)
+    sample = _sample_of_row(x)
+    total = features.new_zeros(x.batch_size + 1, features.shape[1]).index_add(0, sample, features)
+    total = total[: x.batch_size]
     if count_absent:
         return total / math.prod(x.spatial_shape)
     ones = features.new_ones(features.shape[0])
-    count = features.new_zeros(x.batch_size).index_add(0, sample, ones).clamp(min=1)
+    count = features.new_zeros(x.batch_size + 1).index_add(0, sample, ones).clamp(min=1)
+    count = count[: x.batch_size]
     return total / count.unsqueeze(1)
 
 
@@ -133,10 +140,17 @@ def global_max_pool(x: SparseTensor) -> Tensor:
         tensor([[-2.]])
     """
     features = _float_features("global_max_pool", x)
-    sample = x.coords[:, :1].long().expand(-1, features.shape[1])
-    return features.new_zeros(x.batch_size, features.shape[1]).scatter_reduce(
+    sample = _sample_of_row(x).unsqueeze(1).expand(-1, features.shape[1])
+    largest = features.new_zeros(x.batch_size + 1, features.shape[1]).scatter_reduce(
         0, sample, features, "amax", include_self=False
     )
+    return largest[: x.batch_size]
+
+
+def _sample_of_row(x: SparseTensor) -> Tensor:
+    """Returns the sample of each row; rows of padding (see `capacity`) get one more, to be dropped."""
+    sample = x.coords[:, 0].long()
+    return torch.where(sample < 0, x.batch_size, sample)
 
 
 def _float_features(function: str, x: SparseTensor) -> Tensor:

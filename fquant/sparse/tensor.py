@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fquant.checks import require_same_device
 from fquant.pytree import record, static
 from fquant.records import QTensor
 from fquant_kernels.kernel_map import linear_keys
+
+if TYPE_CHECKING:
+    from fquant.sparse.kernel_map import KernelMap
 
 LARGEST_KEY = 2**63 - 1
 
@@ -29,12 +33,17 @@ class SparseTensor:
             1 to 4; in any order, which every function that keeps the cells keeps too.
         spatial_shape: the grid, D sizes.
         batch_size: number of grids.
+        maps: kernel maps by key, which the modules of `fquant.sparse.nn` find and add to, so that
+            layers of one geometry share them; None for none yet.
+        cells: the keys of the maps that led from the first cells to these; `()` at the first cells.
     """
 
     features: Tensor | QTensor
     coords: Tensor
     spatial_shape: tuple[int, ...] = static()
     batch_size: int = static()
+    maps: Mapping[str, KernelMap] | None = None
+    cells: tuple[str, ...] = static(default=())
 
     @classmethod
     def create(
@@ -112,7 +121,31 @@ class SparseTensor:
 
     def with_features(self, features: Tensor | QTensor) -> SparseTensor:
         """Returns the record with other features at the same cells."""
-        return SparseTensor(features, self.coords, self.spatial_shape, self.batch_size)
+        shape, batch_size = self.spatial_shape, self.batch_size
+        return SparseTensor(features, self.coords, shape, batch_size, self.maps, self.cells)
+
+    def __add__(self, other: SparseTensor | Tensor) -> SparseTensor:
+        """Returns `add_features(self, other)`, or the record with a tensor added to its features."""
+        from fquant.sparse.combine import add_features  # which needs this module
+
+        if isinstance(other, SparseTensor):
+            return add_features(self, other)
+        return self.with_features(self.features + other)  # type: ignore[operator]  # or QTensor
+
+    # spconv's names, so that forwards written for its tensors run on these.
+
+    @property
+    def indices(self) -> Tensor:
+        """The coords."""
+        return self.coords
+
+    def replace_feature(self, features: Tensor) -> SparseTensor:
+        """Returns `with_features(features)`."""
+        return self.with_features(features)
+
+    def dense(self) -> Tensor:
+        """Returns `to_dense()`."""
+        return self.to_dense()
 
 
 def check_coords(

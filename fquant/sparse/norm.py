@@ -1,0 +1,71 @@
+"""Batch normalization of sparse features, with its running statistics as arguments and results."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fquant.records import QTensor
+from fquant.sparse.tensor import SparseTensor
+
+
+def batch_norm(
+    x: SparseTensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[SparseTensor, Tensor, Tensor]:
+    """Returns (y, running_mean, running_var): each channel normalized over the active cells.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    In training, mean and var (biased) are those of x, and the statistics that come back are
+    `(1 - momentum) * running + momentum * those of x`, with the unbiased variance. Otherwise mean and
+    var are the running ones, which come back as they are. Nothing is written. Without cells,
+    y has none and the statistics stay as they are.
+
+    Args:
+        x: float features `(N, C)`.
+        running_mean: `(C,)`.
+        running_var: `(C,)`.
+        weight: `(C,)`, gamma; None for ones.
+        bias: `(C,)`, beta; None for zeros.
+        training: whether to use and to follow the statistics of x.
+        momentum: how far the running statistics follow.
+        eps: added to the variance.
+
+    Raises:
+        TypeError: x is no SparseTensor of float features.
+        ValueError: a statistic is not `(C,)`; x has a single cell in training.
+
+    Example:
+        >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0]]]))
+        >>> y, mean, var = batch_norm(x, torch.zeros(1), torch.ones(1), training=True)
+        >>> y.features.T, mean, var
+        (tensor([[-1.0000,  1.0000]]), tensor([0.6000]), tensor([1.1000]))
+
+    References:
+        Ioffe, Szegedy 2015, Batch Normalization, arXiv 1502.03167.
+    """
+    if not isinstance(x, SparseTensor) or isinstance(x.features, QTensor):
+        got = type(x.features if isinstance(x, SparseTensor) else x).__name__
+        raise TypeError(f"batch_norm: x must be a SparseTensor of float features, got {got}.")
+    features, channels = x.features, x.features.shape[1]
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if tuple(value.shape) != (channels,):
+            raise ValueError(
+                f"batch_norm: {name} must have shape ({channels},), got {tuple(value.shape)}."
+            )
+    if not training or features.shape[0] == 0:
+        y = F.batch_norm(features, running_mean, running_var, weight, bias, eps=eps)
+        return x.with_features(y), running_mean, running_var
+    if features.shape[0] == 1:
+        raise ValueError("batch_norm: x must have more than one cell in training, got 1.")
+    y = F.batch_norm(features, None, None, weight, bias, training=True, eps=eps)
+    mean, var = features.detach().mean(dim=0), features.detach().var(dim=0)
+    new_mean = (1 - momentum) * running_mean + momentum * mean.to(running_mean.dtype)
+    new_var = (1 - momentum) * running_var + momentum * var.to(running_var.dtype)
+    return x.with_features(y), new_mean, new_var
