@@ -145,7 +145,7 @@ class Layer(nn.Module):
         return fq.site("y", y)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(layers())
 def test_one_convolution_of_any_kind(case):
     conv, follow, x = case
