@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fquant
+import fquant.graph
 import fquant.sparse
 import fquant_kernels
 
@@ -26,7 +27,7 @@ def test_readme_examples_run():
     assert len(names["x"].coords) == 6
 
 
-@pytest.mark.parametrize("module", [fquant, fquant.sparse, fquant_kernels])
+@pytest.mark.parametrize("module", [fquant, fquant.graph, fquant.sparse, fquant_kernels])
 def test_all_is_what_is_public(module):
     public = {
         name
@@ -38,7 +39,7 @@ def test_all_is_what_is_public(module):
     assert list(module.__all__) == sorted(module.__all__)
 
 
-@pytest.mark.parametrize("module", [fquant, fquant.sparse, fquant_kernels])
+@pytest.mark.parametrize("module", [fquant, fquant.graph, fquant.sparse, fquant_kernels])
 def test_public_names_are_documented(module):
     for name in module.__all__:
         assert inspect.getdoc(getattr(module, name)), name

@@ -28,10 +28,9 @@ def to_quantized_decomposed(program: ExportedProgram) -> ExportedProgram:
         >>> plan = fquant.make_plan(model, fquant.w8a8(), (x,))
         >>> stats = fquant.calibrate_model(model, plan, params, [x], progress=False)
         >>> program = fquant.export_qdq(model, plan, params, fquant.finalize(plan, stats), (x,))
-        >>> [n.name for n in fquant.graph.to_quantized_decomposed(program).graph.nodes
-        ...  if n.op == "call_function"]
-        ['quantize_per_tensor', 'dequantize_per_tensor', 'quantize_per_channel',
-        'dequantize_per_channel', 'linear']
+        >>> swapped = fquant.graph.to_quantized_decomposed(program)
+        >>> [n.target for n in swapped.graph.nodes if n.op == "call_function"][0]
+        <OpOverload(op='quantized_decomposed.quantize_per_tensor', overload='default')>
     """
     import torch.ao.quantization.fx._decomposed  # registers the ops  # noqa: F401
 
@@ -66,6 +65,8 @@ def _swap(editor: Editor, node: Node) -> None:
             return
         target = getattr(ops, f"{kind}_per_channel").default
         steps = editor.add_state(f"steps.{node.name}", scale.reshape(-1))
-        zeros = editor.add_state(f"zeros.{node.name}", torch.zeros(scale.numel(), dtype=torch.int64))
+        zeros = editor.add_state(
+            f"zeros.{node.name}", torch.zeros(scale.numel(), dtype=torch.int64)
+        )
         arguments = (x.input, steps, zeros, axes[0], *limits)
     editor.replace(node, editor.call(target, *arguments, before=node))

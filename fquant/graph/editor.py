@@ -104,18 +104,16 @@ class Editor:
                 self.graph.erase_node(node)
                 del self._state[node], self._specs[node]
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        specs = []
-        for node in placeholders:
-            spec = self._specs[node]
-            specs.append(spec)
+        specs = [self._specs[node] for node in placeholders]
         outputs = _output_specs(self._program, self.graph)
         signature = type(self._program.graph_signature)(specs, outputs)
         self.graph.lint()
-        state_dict, constants = {}, {}
+        state_dict: dict[str, Tensor] = {}
+        constants: dict[str, Any] = {}
         for node, value in self._state.items():
             spec = self._specs[node]
             kept = spec.kind == InputKind.CONSTANT_TENSOR or spec.persistent is False
-            (constants if kept else state_dict)[spec.target] = value
+            (constants if kept else state_dict)[str(spec.target)] = value
         for spec in specs:
             if spec.kind == InputKind.CUSTOM_OBJ:
                 constants[spec.target] = self._program.constants[spec.target]
@@ -136,7 +134,7 @@ def _output_specs(program: ExportedProgram, graph: fx.Graph) -> list[Any]:
     """The old output specs, with the names of the nodes that are returned now."""
     (returned,) = next(node for node in graph.nodes if node.op == "output").args
     specs = []
-    values: Sequence[Any] = returned  # type: ignore[assignment]
+    values: Sequence[Any] = returned
     for spec, value in zip(program.graph_signature.output_specs, values, strict=True):
         argument = TensorArgument(value.name) if isinstance(spec.arg, TensorArgument) else spec.arg
         specs.append(type(spec)(spec.kind, argument, spec.target))

@@ -6,7 +6,7 @@ float32, in this order; without a Q node there is no s_y, and the result is floa
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def _clamp_left(
         smallest, largest = -128.0, 127.0
         low = max(spec.q_min, float((low / out_step).round()))
         high = min(spec.q_max, float((high / out_step).round()))
-    lower = None if low <= smallest or low == 0.0 and _is_relu(pattern) else low
+    lower = None if low <= smallest or (low == 0.0 and _is_relu(pattern)) else low
     upper = None if high >= largest else high
     if lower is None and upper is None:
         return None
@@ -118,10 +118,12 @@ def _with_norm(
     gamma, beta, mean, variance = (
         None if a is None else editor.value(a).double() for a in norm.args[1:5]
     )
-    eps = norm.args[6]
-    factor = torch.rsqrt(variance + eps)  # type: ignore[operator]
+    eps: Any = norm.args[6]
+    assert mean is not None
+    assert variance is not None
+    factor = torch.rsqrt(variance + eps)
     factor = factor if gamma is None else factor * gamma
-    shift = -mean if offset is None else offset.double() - mean  # type: ignore[operator]
+    shift = -mean if offset is None else offset.double() - mean
     shift = shift * factor if beta is None else shift * factor + beta
     return step * factor.float(), shift.float()
 

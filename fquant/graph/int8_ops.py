@@ -96,7 +96,9 @@ def transposed_neighbors(
                 [-1,  0, -1,  1]], dtype=torch.int32)
     """
     axes = len(size)
-    axis_of = [[-1 if a == axis else 1 for a in range(2 * axes + 1)] for axis in range(2 * axes + 1)]
+    axis_of = [
+        [-1 if a == axis else 1 for a in range(2 * axes + 1)] for axis in range(2 * axes + 1)
+    ]
     rows = torch.arange(batch, dtype=torch.int32, device=device).reshape(axis_of[axes])
     absent: Tensor | None = None
     for axis in range(axes):

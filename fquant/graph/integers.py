@@ -1,5 +1,6 @@
 """`site_integers`: what a program computes at its quantizers, to compare programs site by site."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,12 @@ from torch.utils import _pytree as pytree
 from fquant.graph.qdq_ops import is_quantize, quantization_of
 
 
-def site_integers(program: ExportedProgram, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def site_integers(
+    program: ExportedProgram,
+    *args: Any,
+    given: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
     """Returns `{quantizer: integers}` of one run of a Q/DQ program, or of one that `lower` returned.
 
     Both have the same integers at most sites. A quantizer that was merged with an equal one is absent
@@ -20,6 +26,8 @@ def site_integers(program: ExportedProgram, *args: Any, **kwargs: Any) -> dict[s
     Args:
         program: the program.
         args: its positional arguments.
+        given: integers that go on in place of those seen, by quantizer. With the integers of another
+            program each layer is compared by itself, and no difference is handed on.
         kwargs: its keyword arguments.
 
     Example:
@@ -32,15 +40,16 @@ def site_integers(program: ExportedProgram, *args: Any, **kwargs: Any) -> dict[s
         >>> site_integers(program, x)["linear#0.input"]
         tensor([[127,  64]], dtype=torch.int8)
     """
-    recorder = _Recorder(program.module(check_guards=False))
+    recorder = _Recorder(program.module(check_guards=False), given or {})
     with torch.no_grad():
         recorder.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
     return recorder.seen
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, given: Mapping[str, Tensor]) -> None:
         super().__init__(module)
+        self.given = given
         self.seen: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -50,4 +59,5 @@ class _Recorder(fx.Interpreter):
             name = quantization_of(n).name
         if name:
             self.seen.setdefault(name, value)
+            return self.given.get(name, value)
         return value

@@ -73,7 +73,7 @@ def build_conv(editor: Editor, pattern: Pattern) -> Node:
 
 
 def build_sparse_conv(editor: Editor, pattern: Pattern) -> Node:
-    """`fquant::sparse_conv` (submanifold, strided, transposed, inverse) -> `fquant::sparse_conv_int8`."""
+    """`fquant::sparse_conv` (by any kernel map) -> `fquant::sparse_conv_int8`."""
     x, w, neighbors, bias = _arguments(pattern.anchor, None, None, None, None)
     quantized, weight = integer_input(editor, x), integer_weight(editor, w)
     _require_countable(weight.q[0].numel())

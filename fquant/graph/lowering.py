@@ -44,11 +44,11 @@ def lower(
 ) -> Lowered:
     """Returns a Q/DQ program with its layers in integers, and a report.
 
-    A layer is a float operation between DQ and Q nodes with what follows it: batch norm, a residual sum,
-    ReLU or another clamp. The table says which op takes its place; the arithmetic of those that come with
-    fquant is that of `fquant_kernels.sparse_conv_int8`. What matches nothing stays in floating point,
-    with its Q and DQ nodes. Values are those of the Q/DQ program but for sums that fall next to a tie,
-    where float sums round and integer sums do not: one step, rarely.
+    A layer is a float operation between DQ and Q nodes with what follows it: batch norm, a residual
+    sum, ReLU or another clamp. The table says which op takes its place; the arithmetic of those that
+    come with fquant is that of `fquant_kernels.sparse_conv_int8`. What matches nothing stays in floating
+    point, with its Q and DQ nodes. Values are those of the Q/DQ program but for sums that fall next to
+    a tie, where float sums round and integer sums do not: one step, rarely.
 
     The program that comes back runs on any machine; `prepack` makes it faster on this one.
 

@@ -90,6 +90,7 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
     """Returns the longest pattern from an operation on, through nodes with a single user."""
     norm = residual = activation = None
     last, steps, nodes = anchor, [_name(anchor)], [anchor]
+    other: Any
     while True:
         user = next(iter(last.users)) if len(last.users) == 1 else None
         if user is None:
@@ -141,9 +142,9 @@ def why_not_int8(editor: Editor, node: Node) -> str:
         return f"{x.name} has a scale computed at run time"
     if x.scale.meta["val"].numel() != 1:
         return f"{x.name} has a scale per {qdq_ops.granularity_of(*_shapes(x))}, not per tensor"
-    floats = node if is_dequantize(node) else node.args[0]
-    if floats.meta["val"].dtype != torch.float32:  # type: ignore[union-attr]
-        return f"{x.name} is of {floats.meta['val'].dtype}"  # type: ignore[union-attr]
+    floats: Any = node if is_dequantize(node) else node.args[0]
+    if floats.meta["val"].dtype != torch.float32:
+        return f"{x.name} is of {floats.meta['val'].dtype}"
     return ""
 
 
@@ -168,7 +169,7 @@ def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
         NotLowered: it is not quantized so.
     """
     shape = node.meta["val"].shape if isinstance(node, Node) else ()
-    while isinstance(node, Node) and node.target in (aten.view.default, aten.reshape.default):
+    while isinstance(node, Node) and node.target is aten.reshape.default:
         node = node.args[0]
     if not is_dequantize(node) or not editor.constant(node):
         raise NotLowered("its weight is not a quantized constant")

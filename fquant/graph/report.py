@@ -108,7 +108,7 @@ def quantized_inputs(node: Node) -> list[Node]:
     found = []
     for x in node.all_input_nodes:
         source: Any = x
-        while source.op == "call_function" and source.target is torch.ops.aten.view.default:
+        while source.op == "call_function" and source.target is torch.ops.aten.reshape.default:
             source = source.args[0]
         if is_dequantize(source):
             found.append(source)

@@ -26,9 +26,7 @@ aten = torch.ops.aten
 CAT = aten.cat.default
 # Each element of the result is an element of the first argument, or the largest of several.
 RESHAPES = (
-    aten.view.default,
     aten.reshape.default,
-    aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unsqueeze.default,
     aten.squeeze.dim,
@@ -47,6 +45,8 @@ SUNK = (*RESHAPES, *POOLS, *PARTS, CAT)
 
 def tidy(editor: Editor) -> None:
     """Applies all of them, until nothing moves any more."""
+    for view in editor.nodes(aten.view.default, aten._unsafe_view.default):
+        view.target = aten.reshape.default  # integer layers give channels-last strides
     lift_relu(editor)
     changed = True
     while changed:
@@ -140,10 +140,11 @@ def sink_dequantize(editor: Editor) -> None:
 def cancel(editor: Editor) -> None:
     """Takes out Q of DQ on the same grid."""
     for node in editor.nodes(qdq_ops.quantize):
-        source = node.args[0]
-        if is_dequantize(source) and not node.meta.get("keep") and not source.meta.get("keep"):  # type: ignore[union-attr]
-            if same_grid(editor, source, node):  # type: ignore[arg-type]
-                editor.replace(node, source.args[0])  # type: ignore[union-attr,arg-type]
+        source: Any = node.args[0]
+        if not is_dequantize(source) or node.meta.get("keep") or source.meta.get("keep"):
+            continue
+        if same_grid(editor, source, node):
+            editor.replace(node, source.args[0])
 
 
 def _movable(editor: Editor, node: Node) -> bool:

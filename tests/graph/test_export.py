@@ -143,7 +143,9 @@ def test_sparse_records_of_any_number_of_cells(tmp_path):
     unguarded = loaded.module(check_guards=False)  # torch's check of records stops Dynamo
     compiled = torch.compile(unguarded, fullgraph=True, backend="aot_eager", dynamic=True)
     for args in (scene(2, 0.3), scene(3, 0.8)):
-        with torch.no_grad():  # one kernel for float sums everywhere; else compiled sums differ in order
+        with (
+            torch.no_grad()
+        ):  # one kernel for float sums everywhere; else compiled sums differ in order
             expected = fq.fake_quant(*case[:2])(*case[2:], *args)
             results = [run(*args) for run in (loaded.module(), compiled)]
         for actual in results:

@@ -87,10 +87,17 @@ def sparse_conv_int8_packed(
     ahead of time; the result of that is for one instruction set.
 
     Args:
-        features: as for `sparse_conv_int8`; so are all arguments not named here.
+        features: `(N, Cin)` int8; this and all after isa as for `sparse_conv_int8`.
         packed: `pack_weight_for(weight, isa)`.
         weight_shape: `(Cout, K, Cin)` of that weight.
         isa: the instruction set it was packed for.
+        neighbors: `(K, M)` int32.
+        scale: `(Cout,)` float32.
+        bias: `(Cout,)` float32.
+        residual: `(M, Cout)` int8.
+        residual_scale: 0-d float32.
+        relu: whether to clamp at 0 before rounding.
+        out_dtype: int8, float16 or float32.
 
     Raises:
         RuntimeError: this processor does not run isa; or a derivative is asked for.
