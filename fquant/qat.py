@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fquant.plan import Plan
+from fquant.sparse.nn.convolution import SparseConvolution
 from fquant.transforms import State, finalize
 
 
@@ -137,7 +138,7 @@ def fold_batch_norm(
     folded = dict(params)
     for conv, norm in pairs.items():
         layer, bn = modules.get(conv), modules.get(norm)
-        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | SparseConvolution):
             raise ValueError(
                 f"fold_batch_norm: pairs must name convolutions or linear layers, got {conv!r}."
             )

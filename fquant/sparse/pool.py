@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from fquant.checks import require_same_device
 from fquant.records import QTensor
 from fquant.sparse.conv import check_map, gather_neighbors, outputs
 from fquant.sparse.geometry import Sizes
@@ -154,6 +155,7 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
             f"{function}: features must be a floating-point tensor, got QTensor. "
             "fquant.dequantize the record first."
         )
+    require_same_device(function, "coords", x.coords, x.features)
     return x.features
 
 
