@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import fquant_kernels
-from benches import harness, scenes
+from benches import harness
+from fquant.testing import scenes
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
 from fquant_kernels.kernel_map.reference import linear_keys
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import fquant_kernels
-from benches import harness, scenes
+from benches import harness
 from benches.bench_kernel_map import SUBM
+from fquant.testing import scenes
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fquant_kernels
-from benches import harness, scenes
+from benches import harness
+from fquant.testing import scenes
 from fquant_kernels.kernel_map import reference
 
 SUBM = ([3, 3, 3], [1, 1, 1], [1, 1, 1], [1, 1, 1])

@@ -1,256 +1,162 @@
-"""Whole networks on CPU: int8 and float32 kernels against spconv's float32, rulebooks included.
+"""Whole networks on CPU: int8 as planned and float32, against spconv's float32, rulebooks included.
 
-Weights are random: time does not depend on them. The int8 and float kernels are compared with the
-reference layer by layer before anything is timed. spconv runs its best CPU algorithm (Native),
-without bias, because its CPU code refuses one; ours adds bias, ReLU, residual and requantizes.
+The networks are those of `fquant.sparse.models`, listed by `fquant.sparse_network.list_layers`;
+which layers run in int8 is `choose_int8`'s choice, and is printed. Weights are random: time does
+not depend on them. The int8 network is compared with its fake quantization before anything is
+timed. spconv runs its best CPU algorithm (Native), without bias, because its CPU code refuses one;
+ours adds bias, ReLU, residual and requantizes.
 """
 
 import argparse
-import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-import fquant_kernels
-from benches import harness, networks, scenes
-from benches.networks import Step
-from fquant_kernels.conv_int8.reference import sparse_conv_int8 as int8_reference
-from fquant_kernels.kernel_map import conv_output_shape
+import fquant as fq
+from benches import harness
+from fquant.sparse import SparseTensor, models
+from fquant.sparse_network import (
+    Deployed,
+    Layer,
+    SparseNetwork,
+    choose_int8,
+    describe_choices,
+    int8_network,
+    int8_rules,
+    list_layers,
+    make_maps,
+    measured_times,
+    tie_scales,
+    to_int8,
+)
+from fquant.sparse_network.maps import geometries
+from fquant.testing import scenes
 
-ONES = (1, 1, 1)
-
-
-class Level:
-    """Cells of one resolution with the maps built on them, as a network reuses them."""
-
-    def __init__(self, coords: Tensor, shape: tuple[int, ...], parent: Any = None) -> None:
-        self.coords, self.shape, self.parent = coords, shape, parent
-        self.submanifold: dict[tuple[int, ...], Tensor] = {}
-        self.from_parent: Tensor | None = None
-
-    def subm(self, kernel: tuple[int, ...]) -> Tensor:
-        if kernel not in self.submanifold:
-            padding = [k // 2 for k in kernel]
-            self.submanifold[kernel] = fquant_kernels.kernel_neighbors(
-                self.coords, self.coords, self.shape, kernel, ONES, padding, ONES
-            )
-        return self.submanifold[kernel]
-
-    def down(self, step: Step) -> "Level":
-        geometry = (step.kernel, step.stride, step.padding, ONES)
-        out = fquant_kernels.conv_output_coords(self.coords, self.shape, *geometry)
-        level = Level(out, conv_output_shape(self.shape, *geometry), self)
-        level.from_parent = fquant_kernels.kernel_neighbors(self.coords, out, self.shape, *geometry)
-        return level
+# Name: the model, its input channels, the scene, and the least grid it is used with.
+NETWORKS: dict[str, tuple[Any, int, str, tuple[int, int, int]]] = {
+    "BenchmarkNet": (models.BenchmarkNet, 3, "nuscenes", (80, 1600, 1600)),
+    "VoxelBackBone8x": (models.VoxelBackBone8x, 4, "waymo", (41, 1504, 1504)),
+    "VoxelResBackBone8x": (models.VoxelResBackBone8x, 5, "nuscenes", (41, 1440, 1440)),
+    "MinkUNet": (models.MinkUNet, 4, "kitti", (16, 16, 16)),
+}
 
 
-class Plan:
-    """Every step's kernel map, in order; building it is the rulebook time."""
-
-    def __init__(self, steps: list[Step], scene: scenes.Scene) -> None:
-        level = Level(scene.coords, scene.spatial_shape)
-        self.maps: list[Tensor | None] = []
-        self.rows: list[int] = []
-        for step in steps:
-            table = None
-            if step.kind == "subm":
-                table = level.subm(step.kernel)
-            elif step.kind in ("conv", "pool"):
-                level = level.down(step)
-                table = level.from_parent
-            elif step.kind == "inverse":
-                parent = level.parent
-                table = fquant_kernels.transpose_neighbors(
-                    level.from_parent, parent.coords.shape[0]
-                )
-                level = parent
-            self.maps.append(table)
-            self.rows.append(level.coords.shape[0])
-
-
-Conv = Callable[[Tensor, int, Step, Tensor, Tensor | None], Tensor]
-
-
-def run(steps: list[Step], plan: Plan, x: Tensor, conv: Conv) -> Tensor:
-    """Returns the features after the last step; `conv` runs one convolution."""
-    kept: dict[str, Tensor] = {}
-    for i, step in enumerate(steps):
-        table = plan.maps[i]
-        if step.kind == "keep":
-            kept[step.name] = x
-        elif step.kind == "back":
-            x = kept[step.name]
-        elif step.kind == "concat":
-            x = torch.cat([x, kept[step.name]], dim=1)
-        elif step.kind == "pool":
-            assert table is not None
-            low = torch.iinfo(x.dtype).min if x.dtype == torch.int8 else float("-inf")
-            y = torch.full((plan.rows[i], x.shape[1]), low, dtype=x.dtype)
-            padded = torch.cat([x, torch.full((1, x.shape[1]), low, dtype=x.dtype)])
-            for tap in torch.where(table < 0, x.shape[0], table):
-                y = torch.maximum(y, padded[tap])
-            x = y
-        else:
-            assert table is not None
-            x = conv(x, i, step, table, kept[step.add] if step.add else None)
-    return x
-
-
-def int8_conv(steps: list[Step], implementation: Callable[..., Tensor]) -> Conv:
-    g = torch.Generator().manual_seed(0)
-    parameters = {}
-    for i, step in enumerate(steps):
-        if step.channels[0]:
-            cin, cout = step.channels
-            taps = step.kernel[0] * step.kernel[1] * step.kernel[2]
-            weight = torch.randint(-127, 128, (cout, taps, cin), dtype=torch.int8, generator=g)
-            scale = torch.full((cout,), 0.02 / (taps * cin) ** 0.5)
-            parameters[i] = (weight, scale, torch.rand(cout, generator=g))
-    beta = torch.tensor(0.9)
-
-    def conv(x: Tensor, i: int, step: Step, table: Tensor, residual: Tensor | None) -> Tensor:
-        weight, scale, bias = parameters[i]
-        return implementation(
-            x,
-            weight,
-            table,
-            scale,
-            bias,
-            residual,
-            None if residual is None else beta,
-            step.relu,
-            torch.int8,
-        )
-
-    return conv
-
-
-def float_conv(steps: list[Step]) -> Conv:
-    g = torch.Generator().manual_seed(0)
-    weights = {}
-    for i, step in enumerate(steps):
-        if step.channels[0]:
-            cin, cout = step.channels
-            taps = step.kernel[0] * step.kernel[1] * step.kernel[2]
-            weights[i] = torch.randn(cout, taps, cin, generator=g) / (taps * cin) ** 0.5
-
-    def conv(x: Tensor, i: int, step: Step, table: Tensor, residual: Tensor | None) -> Tensor:
-        y = fquant_kernels.sparse_conv_float(x, weights[i], table)
-        y = y if residual is None else y.add_(residual)
-        return y.relu_() if step.relu else y
-
-    return conv
-
-
-def spconv_network(steps: list[Step], package: Any, scene: scenes.Scene) -> Callable[[], Tensor]:
-    """Returns a run of the same layers by spconv, rulebooks built as its indice keys say."""
-    modules: list[Any] = []
-    level, opened = 0, [0]
-    for i, step in enumerate(steps):
-        cin, cout = step.channels
-        algo = package.ConvAlgo.Native
-        common = {"bias": False, "algo": algo}
-        if step.kind == "subm":
-            key = f"subm{level}-{step.kernel}"
-            module = package.SubMConv3d(cin, cout, list(step.kernel), indice_key=key, **common)
-        elif step.kind == "conv":
-            module = package.SparseConv3d(
-                cin,
-                cout,
-                list(step.kernel),
-                list(step.stride),
-                list(step.padding),
-                indice_key=f"down{i}",
-                **common,
-            )
-            opened.append(i)
-            level = 100 + i
-        elif step.kind == "inverse":
-            down = opened.pop()
+def spconv_network(layers: Sequence[Layer], package: Any, x: SparseTensor) -> Callable[[], Tensor]:
+    """Returns a run of the same layers by spconv, which shares rulebooks where ours are shared."""
+    found = geometries(layers)
+    options = {"bias": False, "algo": package.ConvAlgo.Native}
+    modules: dict[str, Any] = {}
+    for layer in layers:
+        cin, cout = layer.channels
+        if layer.name in found:
+            key = found[layer.undoes].key if layer.undoes else found[layer.name].key
+        if layer.op == "subm":
+            module = package.SubMConv3d(cin, cout, layer.kernel_size, indice_key=key, **options)
+        elif layer.op == "conv":
+            sizes = (layer.kernel_size, layer.stride, layer.padding)
+            module = package.SparseConv3d(cin, cout, *sizes, indice_key=key, **options)
+        elif layer.op == "inverse":
             module = package.SparseInverseConv3d(
-                cin, cout, list(step.kernel), indice_key=f"down{down}", **common
+                cin, cout, layer.kernel_size, indice_key=key, **options
             )
-            level = 0 if len(opened) == 1 else 100 + opened[-1]
-        elif step.kind == "pool":
-            module = package.SparseMaxPool3d(list(step.kernel), list(step.stride), algo=algo)
-            level = 100 + i
+        elif layer.op == "max_pool":
+            module = package.SparseMaxPool3d(
+                layer.kernel_size, layer.stride, algo=package.ConvAlgo.Native
+            )
         else:
-            module = None
-        modules.append(module)
-    first = next(step.channels[0] for step in steps if step.channels[0])
-    features = torch.randn(scene.coords.shape[0], first)
+            module = torch.nn.Linear(cin, cout)
+        modules[layer.name] = module
 
     def forward() -> Tensor:
-        kept: dict[str, Tensor] = {}
-        shape = list(scene.spatial_shape)
-        x = package.SparseConvTensor(features, scene.coords, shape, 1)
+        values = {
+            "input": package.SparseConvTensor(
+                x.features, x.coords, list(x.spatial_shape), x.batch_size
+            )
+        }
         with torch.no_grad():
-            for step, module in zip(steps, modules, strict=True):
-                if step.kind == "keep":
-                    kept[step.name] = x.features
-                elif step.kind == "back":
-                    x = x.replace_feature(kept[step.name])
-                elif step.kind == "concat":
-                    x = x.replace_feature(torch.cat([x.features, kept[step.name]], dim=1))
+            for layer in layers:
+                read = values[layer.inputs[0]]
+                if len(layer.inputs) > 1:
+                    joined = torch.cat([values[name].features for name in layer.inputs], dim=1)
+                    read = read.replace_feature(joined)
+                if layer.op == "linear":
+                    y = read.replace_feature(modules[layer.name](read.features))
                 else:
-                    x = module(x)
-                    if step.kind != "pool":
-                        y = x.features
-                        y = y + kept[step.add] if step.add else y
-                        x = x.replace_feature(y.relu() if step.relu else y)
-        return x.features
+                    y = modules[layer.name](read)
+                features = y.features
+                if layer.residual:
+                    features = features + values[layer.residual].features
+                if layer.relu:
+                    features = features.relu()
+                values[layer.name] = y.replace_feature(features)
+        return values[layers[-1].name].features
 
     return forward
 
 
-def bench(name: str, package: Any, rounds: int) -> None:
-    make, scan, least = networks.NETWORKS[name]
-    steps, scene = make(), scenes.synthetic(scan)
-    z, y, x = (max(pair) for pair in zip(scene.spatial_shape, least, strict=True))
-    scene = dataclasses.replace(scene, spatial_shape=(z, y, x))
-    plan = Plan(steps, scene)
-    first = next(step.channels[0] for step in steps if step.channels[0])
+def bench(name: str, package: Any, rounds: int, repeats: int) -> None:
+    make, channels, scan, least = NETWORKS[name]
+    scene = scenes.synthetic(scan)
+    z, y, x_size = (max(pair) for pair in zip(scene.spatial_shape, least, strict=True))
     g = torch.Generator().manual_seed(1)
-    integers = torch.randint(-50, 50, (scene.coords.shape[0], first), dtype=torch.int8, generator=g)
-    floats = torch.randn(scene.coords.shape[0], first, generator=g)
+    features = torch.randn(scene.coords.shape[0], channels, generator=g)
+    x = SparseTensor(features, scene.coords, (z, y, x_size), 1)
 
-    ours = int8_conv(steps, fquant_kernels.sparse_conv_int8)
+    torch.manual_seed(0)
+    model = make(in_channels=channels).eval()
+    listed = list_layers(model)
+    layers, params = listed.layers, listed.params(model.state_dict())
+    choices = choose_int8(layers, measured_times()[1])
+    int8 = frozenset(choice.layer for choice in choices if choice.int8)
+    print(f"\n{name}\n{describe_choices(choices)}")
 
-    def checked(x: Tensor, i: int, step: Step, table: Tensor, residual: Tensor | None) -> Tensor:
-        y = ours(x, i, step, table, residual)
-        rows = slice(0, 2000)  # the reference works in float64: some rows of every layer
-        part = int8_conv_reference(
-            x, i, step, table[:, rows].contiguous(), None if residual is None else residual[rows]
-        )
-        assert torch.equal(y[rows], part), f"{name}: step {i} differs from the reference"
-        return y
+    maps = make_maps(layers, x)
+    network = SparseNetwork(layers, batch_norm=False)
+    plan = fq.make_plan(network, int8_rules(layers, int8), (x, maps))
+    stats = fq.calibrate_model(network, plan, params, [(x, maps)], progress=False)
+    scales = tie_scales(layers, int8, fq.finalize(plan, stats))
+    deployed = to_int8(layers, int8, params, scales)
+    in_int8, in_float = int8_network(layers, int8), int8_network(layers, frozenset())
+    float_params = Deployed(params, {})
+    with torch.no_grad():
+        want = fq.fake_quant(network, plan)(params, scales, x, maps).features
+        got = in_int8(deployed, x, maps).features
+        close = torch.isclose(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+        assert close.double().mean() > 0.999, f"{name}: int8 differs from its fake quantization"
 
-    int8_conv_reference = int8_conv(steps, int8_reference)
-    run(steps, plan, integers, checked)
+    def forward(network: Any, record: Deployed, maps: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return network(record, x, maps or make_maps(layers, x)).features
 
-    in_float = float_conv(steps)
+        return run
+
     runs: dict[str, harness.Run] = {
-        "int8": lambda: run(steps, plan, integers, ours),
-        "int8_with_rulebooks": lambda: run(steps, Plan(steps, scene), integers, ours),
-        "float": lambda: run(steps, plan, floats, in_float),
-        "float_with_rulebooks": lambda: run(steps, Plan(steps, scene), floats, in_float),
-        "rulebooks": lambda: Plan(steps, scene),
+        "int8": forward(in_int8, deployed, maps),
+        "int8_with_rulebooks": forward(in_int8, deployed, None),
+        "float": forward(in_float, float_params, maps),
+        "float_with_rulebooks": forward(in_float, float_params, None),
+        "rulebooks": lambda: make_maps(layers, x),
     }
     if package is not None:
-        runs["spconv"] = spconv_network(steps, package, scene)
+        runs["spconv"] = spconv_network(layers, package, x)
     times = harness.interleaved(runs, rounds)
+    keys = {layer: geometry.key for layer, geometry in geometries(layers).items()}
     operations = sum(
-        2 * int((table >= 0).sum()) * step.channels[0] * step.channels[1]
-        for step, table in zip(steps, plan.maps, strict=True)
-        if table is not None and step.channels[0]
+        2 * int((maps[keys[c.name]].neighbors >= 0).sum()) * c.channels[0] * c.channels[1]
+        for c in layers
+        if c.is_convolution
     )
     row: dict[str, Any] = {
         "network": name,
         "scene": scene.name,
         "voxels": scene.coords.shape[0],
-        "convolutions": sum(step.channels[0] > 0 for step in steps),
+        "convolutions": sum(layer.is_convolution for layer in layers),
+        "in_int8": len(int8),
         "GOP": operations / 1e9,
     }
     for variant, timing in times.items():
@@ -261,19 +167,27 @@ def bench(name: str, package: Any, rounds: int) -> None:
     if package is not None:
         row["int8_over_spconv"] = times["int8_with_rulebooks"].ratio(times["spconv"])
         row["float_over_spconv"] = times["float_with_rulebooks"].ratio(times["spconv"])
+    wall = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        runs["int8_with_rulebooks"]()
+        wall.append(1e3 * (time.perf_counter() - start))
+    p50, p95, p99 = np.percentile(wall, [50, 95, 99]).tolist()
+    row |= {"wall_p50_ms": p50, "wall_p95_ms": p95, "wall_p99_ms": p99, "wall_runs": repeats}
     harness.report(row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(networks.NETWORKS), help="networks")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("names", nargs="*", default=list(NETWORKS), help="networks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20, help="for the percentiles")
     options = parser.parse_args()
     torch.set_num_threads(1)
     package = harness.spconv()
     harness.report(harness.machine())
     for name in options.names:
-        bench(name, package, 2 if options.quick else 5)
+        bench(name, package, options.rounds, options.repeats)
 
 
 if __name__ == "__main__":

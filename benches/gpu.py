@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benches.gpu_layers import KERNEL, ONE, check, make_layer, ways
-from benches.scenes import Scene, of_size
+from fquant.testing.scenes import Scene, of_size
 from fquant_kernels import kernel_neighbors, mask_order, tile_rulebook
 from fquant_kernels.triton_support import why_unavailable
 from tests.kernels.triton_cases import CHECKS

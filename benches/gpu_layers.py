@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benches.scenes import Scene
+from fquant.testing.scenes import Scene
 from fquant_kernels import mask_order, pack_weight, sparse_conv_int8, tile_rulebook
 from fquant_kernels.conv_half import reference as half_reference
 from fquant_kernels.conv_int8 import reference

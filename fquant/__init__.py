@@ -5,10 +5,10 @@
     q      = quantize(x, scale, spec=spec)       integers, as a record
     y      = fake_quantize(x, scale, spec=spec)  the same values as floats, differentiable
 
-`fquant.sparse` has sparse tensors and their convolutions.
+`fquant.sparse` has sparse tensors and their convolutions, `fquant.graph` what is deployed.
 """
 
-from fquant import sparse
+from fquant import graph, sparse
 from fquant.affine import (
     compute_amax,
     compute_scale,
@@ -23,8 +23,11 @@ from fquant.amax_quant import (
     scaled_e4m3,
     tensor_quant,
 )
+from fquant.batch_norm import estimate_batch_norm, fold_batch_norm, folded_conv_batch_norm
 from fquant.calibration import calibrate, merge_stats, observed_amax
 from fquant.codebook import NF4, Codebook
+from fquant.distributed import merge_stats_over_ranks
+from fquant.equalization import equalize, equalize_layers
 from fquant.formats import (
     BF16,
     E2M1,
@@ -43,6 +46,7 @@ from fquant.formats import (
     Format,
 )
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
+from fquant.graph import export_qdq, lower, prepack, to_onnx
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
 from fquant.interception.stack import quantizable, site
 from fquant.learned import (
@@ -70,35 +74,32 @@ from fquant.observers import (
     percentile_amax,
     sqnr_amax,
 )
-from fquant.op_rules import OpRule, Quantizer, skip, w4, w4a8, w8, w8a8
+from fquant.op_rules import OpRule, Quantizer, fp8, skip, w4, w4a8, w8, w8a8
 from fquant.packing import PackedTensor, pack, unpack
 from fquant.params import dequantize_params, fake_quant_params, param_scales, quantize_params
-from fquant.plan import Operand, Plan, Site
+from fquant.plan import Operand, Plan, Site, skip_first_and_last
 from fquant.planning import make_plan
 from fquant.pytree import split_floating
-from fquant.qat import (
-    FineTuning,
-    fine_tuning,
-    fine_tuning_with_divisors,
-    fold_batch_norm,
-    refreshed,
+from fquant.qat import FineTuning, fine_tuning, fine_tuning_with_divisors, refreshed
+from fquant.qstate import finalize, qstate_names, split_qstate
+from fquant.recipes import (
+    load_recipe,
+    plan_from_dict,
+    plan_to_dict,
+    rules_from_dicts,
+    rules_to_dicts,
+    save_recipe,
 )
-from fquant.recipes import plan_from_dict, plan_to_dict, rules_from_dicts, rules_to_dicts
 from fquant.records import QTensor
 from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
 from fquant.scale_rules import two_level_scales
 from fquant.search import search_scales
+from fquant.serialization import load, save
 from fquant.spec import QuantSpec
+from fquant.stateful import FakeQuantized
 from fquant.straight_through import straight_through
-from fquant.transforms import (
-    calibrate_model,
-    fake_quant,
-    finalize,
-    init_stats,
-    observe,
-    split_qstate,
-)
+from fquant.transforms import calibrate_model, fake_quant, init_stats, observe
 
 __all__ = [
     "BF16",
@@ -112,6 +113,7 @@ __all__ = [
     "E5M2",
     "E5M2FNUZ",
     "FP16",
+    "FakeQuantized",
     "FineTuning",
     "FixedWidthHistogramObserver",
     "FloatFormat",
@@ -150,6 +152,10 @@ __all__ = [
     "dequantize",
     "dequantize_params",
     "entropy_amax",
+    "equalize",
+    "equalize_layers",
+    "estimate_batch_norm",
+    "export_qdq",
     "fake_affine_tensor_quant",
     "fake_quant",
     "fake_quant_params",
@@ -163,13 +169,20 @@ __all__ = [
     "fine_tuning",
     "fine_tuning_with_divisors",
     "fold_batch_norm",
+    "folded_conv_batch_norm",
+    "fp8",
     "gaussian_std_from_range",
+    "graph",
     "init_stats",
     "learned_clip",
+    "load",
+    "load_recipe",
+    "lower",
     "lsq_plus_scale",
     "lsq_scale",
     "make_plan",
     "merge_stats",
+    "merge_stats_over_ranks",
     "mse_amax",
     "observe",
     "observed_amax",
@@ -179,6 +192,8 @@ __all__ = [
     "percentile_amax",
     "plan_from_dict",
     "plan_to_dict",
+    "prepack",
+    "qstate_names",
     "quantizable",
     "quantize",
     "quantize_params",
@@ -188,16 +203,20 @@ __all__ = [
     "round_to_integer",
     "rules_from_dicts",
     "rules_to_dicts",
+    "save",
+    "save_recipe",
     "scaled_e4m3",
     "search_scales",
     "site",
     "skip",
+    "skip_first_and_last",
     "sparse",
     "split_floating",
     "split_qstate",
     "sqnr_amax",
     "straight_through",
     "tensor_quant",
+    "to_onnx",
     "two_level_scales",
     "unpack",
     "w4",

@@ -93,3 +93,34 @@ def at_site(site: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except ValueError as error:
         raise ValueError(f"site {site!r}: {error}") from error
+
+
+def require_sites(function: str, argument: str, given: Stats, wanted: Iterable[str]) -> None:
+    """Raises ValueError unless a tree has exactly the names wanted."""
+    count = 0
+    for name in wanted:
+        count += 1
+        if name not in given:
+            raise ValueError(
+                f"{function}: {argument} must have every calibrated quantizer of the plan, "
+                f"lacks {name!r}."
+            )
+    if len(given) != count:
+        others = sorted(set(given) - set(wanted))
+        raise ValueError(f"{function}: {argument} must be of this plan, got {others}, not in it.")
+
+
+def state_types(observers: Mapping[str, Observer]) -> dict[str, type]:
+    """Returns the kind of state that each observer has."""
+    return {site: type(observer.init()) for site, observer in observers.items()}
+
+
+def require_stats(function: str, stats: Stats, kinds: Mapping[str, type]) -> None:
+    """Raises ValueError unless stats have exactly the sites wanted, each with its observer's state."""
+    require_sites(function, "stats", stats, kinds)
+    for site, kind in kinds.items():
+        if type(stats[site]) is not kind:
+            raise ValueError(
+                f"{function}: stats must be of this plan, with {kind.__name__} at site {site!r}, "
+                f"got {type(stats[site]).__name__}."
+            )

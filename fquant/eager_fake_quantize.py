@@ -37,7 +37,7 @@ class _Eager(torch.autograd.Function):
         x: Tensor, grid_of: Callable[[Tensor], Tensor], low: Tensor, high: Tensor
     ) -> Tensor:
         # Adding 0 turns a negative zero positive, as in `straight_through`.
-        if low.numel() == 1:
+        if low.ndim == 0:
             return _in_parts(lambda part: grid_of(part).add_(0.0), x)
         return grid_of(x).add_(0.0)
 
@@ -55,7 +55,7 @@ class _Eager(torch.autograd.Function):
             return torch.where((x >= low) & (x <= high), gradient, 0.0)
 
         # With a graph of the backward to keep, it must be one differentiable operation.
-        if low.numel() == 1 and not torch.is_grad_enabled():
+        if low.ndim == 0 and not torch.is_grad_enabled():
             return _in_parts(masked, x, gradient), None, None, None
         return masked(x, gradient), None, None, None
 
@@ -66,7 +66,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """An elementwise function of tensors of one shape, a part of them at a time."""
+    """An elementwise function of tensors of one shape, a part of the flattened ones at a time."""
     first = tensors[0]
     if first.numel() <= PART or not all(t.is_contiguous() for t in tensors):
         return function(*tensors)

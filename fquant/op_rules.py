@@ -8,10 +8,13 @@ return such lists, to be put behind rules of one's own.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from torch import Tensor
+
+from fquant.formats import E4M3, Format
 from fquant.interception.operation import Layout
-from fquant.observers import MaxObserver, Observer
+from fquant.observers import MaxObserver, MinMaxObserver, Observer
 from fquant.spec import QuantSpec
 
 
@@ -20,25 +23,39 @@ class Quantizer:
     """How one operand is quantized: its grid, what watches it, and which values share a scale.
 
     Attributes:
-        spec: the grid; its `axis` counts only with `per="axis"`.
+        spec: the grid, a `QuantSpec` or another `Format`; its `axis` counts only with `per="axis"`.
         per: what has a scale of its own: "tensor"; "channel", the axis that the operation's layout says
             (output channels for weights); "token", everything but the channel axis, which needs
             `dynamic`; or "axis", `spec.axis` as it stands.
         dynamic: take the range from the tensor itself at every call, instead of from calibration.
-        observer: what collects the range in calibration; its `axis` follows from `per`.
-        learn: whether the scale is meant to be trained (`fquant.split_qstate`).
+        observer: what collects the range in calibration; its `axis` follows from `per`, its `block`
+            from spec. `MaxObserver`, or `MinMaxObserver` for an asymmetric range, unless given.
+        learn: whether the scale is meant to be trained (`fquant.split_qstate`), and by which
+            derivative: True, that of clipping (`fquant.fake_quantize`); "lsq", with LSQ's gradient scale
+            (`fquant.fake_quantize_lsq`); "pact", that of the clipping end `scale * q_max`
+            (`fquant.learned_clip`), on an unsigned grid. The values are the same for all.
         groups: the first axis is taken apart into (groups, rest) before axes count; set by plans.
+        symmetric: False for a range from the smallest to the largest value, with a zero point.
+
+    With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale.
 
     Raises:
-        ValueError: per is unknown, or per token without dynamic.
+        ValueError: per or learn is unknown; per token without dynamic; an asymmetric range with a grid
+            that is not of integers, an observer that has no `range`, or a learned scale of another kind
+            than clipping; PACT on a signed grid.
+
+    Example:
+        >>> frames = fquant.Quantizer(fquant.QuantSpec(block=8), "token", dynamic=True)
+        >>> asymmetric = fquant.Quantizer(fquant.QuantSpec(unsigned=True), symmetric=False)
     """
 
-    spec: QuantSpec = QuantSpec()  # noqa: RUF009  # immutable
+    spec: Format = QuantSpec()  # noqa: RUF009  # immutable
     per: str = "tensor"
     dynamic: bool = False
     observer: Observer = MaxObserver()  # noqa: RUF009  # immutable
-    learn: bool = False
+    learn: bool | str = False
     groups: int = 1
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.per not in ("tensor", "channel", "token", "axis"):
@@ -50,10 +67,38 @@ class Quantizer:
                 "Quantizer: per must be 'token' with dynamic=True only, because batches differ in "
                 "their tokens, got dynamic=False."
             )
+        if self.learn not in (False, True, "lsq", "pact"):
+            raise ValueError(
+                f"Quantizer: learn must be False, True, 'lsq' or 'pact', got {self.learn!r}."
+            )
+        if self.learn == "pact" and not getattr(self.spec, "unsigned", False):
+            raise ValueError(f"Quantizer: spec must be unsigned for 'pact', got {self.spec}.")
+        if not self.symmetric:
+            self._require_asymmetric()
+
+    def _require_asymmetric(self) -> None:
+        if self.observer == MaxObserver():
+            object.__setattr__(self, "observer", MinMaxObserver())
+        for what, value, right in (
+            ("spec", self.spec, isinstance(self.spec, QuantSpec) and self.spec.block is None),
+            ("observer", self.observer, hasattr(self.observer, "range")),
+            ("learn", self.learn, isinstance(self.learn, bool)),
+        ):
+            if not right:
+                raise ValueError(
+                    "Quantizer: symmetric must be True but for a QuantSpec without blocks, an observer "
+                    f"with a range, and learn False or True, got {what}={value!r}."
+                )
+
+    def range_of(self, state: Any) -> tuple[Tensor, Tensor]:
+        """Returns (minimum, maximum) of what the observer of an asymmetric range saw."""
+        observer: Any = self.observer
+        return observer.range(state)
 
     def at(self, layout: Layout, rank: int) -> Self:
         """Returns the quantizer with the axes of an operand's layout in spec and observer."""
         axis: Any = self.spec.axis
+        block: Any = getattr(self.spec, "block", None)
         groups = 1
         if self.per == "tensor":
             axis = None
@@ -62,13 +107,22 @@ class Quantizer:
         elif self.per == "token":
             channel = layout.axis if isinstance(layout.axis, int) else -1
             axis = tuple(a for a in range(rank) if a != channel % rank)
-        observer = self.observer
-        if getattr(observer, "axis", axis) != axis:
-            observer = replace(observer, axis=axis)  # type: ignore[type-var]
-        return replace(self, spec=replace(self.spec, axis=axis), observer=observer, groups=groups)
+            if isinstance(block, int):
+                axis = tuple(range(rank))
+                block = tuple(block if a == channel % rank else 1 for a in axis)
+        spec: Any = replace(cast(QuantSpec, self.spec), axis=axis)  # any format is a dataclass
+        if block is not None:
+            spec = replace(spec, block=block)
+        observer: Any = self.observer
+        for name, value in (("axis", axis), ("block", block)):
+            if getattr(observer, name, value) != value:
+                observer = replace(observer, **{name: value})
+        if block is not None and not self.dynamic and not hasattr(observer, "block"):
+            raise ValueError(f"Quantizer: observer must know blocks for {spec}, got {observer}.")
+        return replace(self, spec=spec, observer=observer, groups=groups)
 
 
-Choice = Quantizer | None
+Choice = Quantizer | Format | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +177,10 @@ class OpRule:
             values = (value,) if isinstance(value, str | type) else tuple(value)
             object.__setattr__(self, name, tuple(map(_class_name, values)))
 
+    def quantizer(self, kind: str) -> Quantizer | None:
+        """Returns how "weight", "inputs" or "output" is quantized; a spec has become a Quantizer."""
+        return cast(Quantizer | None, getattr(self, kind))
+
     def matches(self, path: str, classes: Sequence[type], op: str, opt_in: bool) -> bool:
         """Whether the rule is about an operation in a module at `path`, inside modules of `classes`."""
         if self.ops and op not in self.ops:
@@ -156,12 +214,25 @@ def w4a8(dynamic: bool = False) -> list[OpRule]:
 
 def w8() -> list[OpRule]:
     """Returns rules for 8-bit weights per channel; activations stay in floating point."""
-    return [OpRule(weight=QuantSpec(8, narrow_range=True))]  # type: ignore[arg-type]
+    return [OpRule(weight=QuantSpec(8, narrow_range=True))]
 
 
 def w4() -> list[OpRule]:
     """Returns rules for 4-bit weights per channel; activations stay in floating point."""
-    return [OpRule(weight=QuantSpec(4, narrow_range=True))]  # type: ignore[arg-type]
+    return [OpRule(weight=QuantSpec(4, narrow_range=True))]
+
+
+def fp8(dynamic: bool = False) -> list[OpRule]:
+    """Returns rules for E4M3 weights per channel and E4M3 activations per tensor, scaled to amax.
+
+    Args:
+        dynamic: take the activations' ranges per token at run time, instead of from calibration.
+
+    References:
+        Micikevicius et al. 2022, arXiv 2209.05433.
+    """
+    inputs = Quantizer(E4M3, "token" if dynamic else "tensor", dynamic)
+    return [OpRule(weight=Quantizer(E4M3, "channel"), inputs=inputs)]
 
 
 def skip(*names_or_types: str | type) -> list[OpRule]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from fquant.observers import Observer
-from fquant.op_rules import OpRule, Quantizer
+from fquant.op_rules import OpRule, Quantizer, skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,33 @@ class Plan:
         rows = [("site", "module  [rule]  operands"), *self._rows()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {rest}" for name, rest in rows)
+
+
+def skip_first_and_last(plan: Plan) -> list[OpRule]:
+    """Returns rules that leave the first and the last layer with a weight in floating point.
+
+    Those are the modules in which a plan's first and last operation with a weight run, in the order of
+    execution; where one layer runs twice, by its first run.
+
+    Raises:
+        ValueError: no site of the plan has a weight.
+
+    Example:
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+        >>> everything = fquant.make_plan(model, fquant.w8a8(), (torch.ones(1, 2),))
+        >>> rules = [*skip_first_and_last(everything), *fquant.w8a8()]
+        >>> plan = fquant.make_plan(model, rules, (torch.ones(1, 2),))
+        >>> [site.name for site in plan.unquantized]
+        ['0/linear#0', '3/linear#0']
+    """
+    paths = [
+        site.path for site in plan.sites if any(o.role.startswith("weight") for o in site.operands)
+    ]
+    if not paths:
+        raise ValueError(
+            f"skip_first_and_last: plan must have a site with a weight, got {len(plan.sites)} without."
+        )
+    return skip(*dict.fromkeys([paths[0], paths[-1]]))
 
 
 def quantizers_of(site: Site) -> list[tuple[str, Quantizer | None]]:

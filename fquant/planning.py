@@ -67,7 +67,13 @@ def make_plan(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if fake:
             mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-            inputs = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+            # One for one, since modules compare their arguments by `is`.
+            detached: dict[int, Tensor] = {}
+
+            def without_data(t: Tensor) -> Tensor:
+                return mode.from_tensor(t if t.is_leaf else detached.setdefault(id(t), t.detach()))
+
+            inputs = pytree.tree_map_only(Tensor, without_data, inputs)
             try:
                 with mode:
                     planner = _run(shadow, inputs, ops, rules)
@@ -112,14 +118,31 @@ class _Planner(Interpreter):
         self.sites: dict[str, Site] = {}
         self.used: set[int] = set()
         self.seen: set[str] = set()
+        self.name = ""  # of the site that was met last
+
+    def call(self, op: Op, func: Any, args: Any, kwargs: Any) -> Any:
+        operands = [(slot.role, slot.read((args, kwargs))) for slot in op.slots]
+        before = [(role, x, x._version) for role, x in operands if _has_version(x)]
+        y = super().call(op, func, args, kwargs)
+        site = self.sites.get(self.name)
+        if op.functional is None and site is not None and site.op == op.name:
+            quantized = {role for role, quantizer in quantizers_of(site) if quantizer is not None}
+            for role, x, version in before:
+                if x._version != version and role in quantized:
+                    raise ValueError(
+                        f"site {site.name!r}: a quantized operation must not write its {role} in place, "
+                        "because what it writes to is the rounded copy. Leave it in floating point by a "
+                        "rule."
+                    )
+        return y
 
     def operands_at(self, name: str, op: Op, call: Arguments) -> Mapping[str, Any]:
+        self.name = name
         site, rule = self._begin(name, op)
         operands = [self._operand(op, slot, slot.read(call), call, rule) for slot in op.slots]
-        if rule is not None and rule.output is not None:
-            operands.append(
-                Operand("output", (), None, rule.output.at(*_output_layout(op, operands)))
-            )
+        output = None if rule is None else rule.quantizer("output")
+        if output is not None:
+            operands.append(Operand("output", (), None, output.at(*_output_layout(op, operands))))
         kept = tuple(o for o in operands if o is not None)
         if kept:
             self._add(replace(site, operands=kept))
@@ -159,7 +182,7 @@ class _Planner(Interpreter):
             return None
         name = self.names.get(id(x))
         weight = slot.kind == "weight" or (name is not None and op.name in _PRODUCTS)
-        choice = None if rule is None else rule.weight if weight else rule.inputs
+        choice = None if rule is None else rule.quantizer("weight" if weight else "inputs")
         quantizer = None if choice is None else choice.at(slot.layout(call), values.ndim)
         return Operand(slot.role, tuple(map(int, values.shape)), name, quantizer)
 
@@ -172,6 +195,10 @@ class _Planner(Interpreter):
                 "OpRule(share=False) tells them apart."
             )
         self.sites.setdefault(site.name, site)
+
+
+def _has_version(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_inference()
 
 
 def _output_layout(op: Op, operands: Sequence[Operand | None]) -> tuple[Layout, int]:

@@ -56,8 +56,8 @@ def record(cls: type[T]) -> type[T]:
         flatten,
         unflatten,
         serialized_type_name=f"fquant.{cls.__name__}",
-        to_dumpable_context=_to_json,
-        from_dumpable_context=_from_json,
+        to_dumpable_context=to_json,
+        from_dumpable_context=from_json,
         flatten_with_keys_fn=flatten_with_keys,
     )
     # torch.load and torch.export.load rebuild only classes named safe, others by pickle at large.
@@ -94,15 +94,17 @@ def from_constant(value: Any) -> Any:
     return value
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Returns a context as lists, dicts and primitives; `from_json` gives it back."""
     if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
+    """Returns the context that `to_json` was given."""
     if isinstance(value, list):
-        return tuple(_from_json(item) for item in value)
+        return tuple(from_json(item) for item in value)
     if isinstance(value, dict):
         return getattr(torch, value["dtype"])
     return value

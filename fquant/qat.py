@@ -9,15 +9,12 @@ with respect to qstate too where scales are trained:
 """
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fquant.plan import Plan
-from fquant.sparse.nn.convolution import SparseConvolution
-from fquant.transforms import State, finalize
+from fquant.qstate import State, finalize, zero_point_of
 
 
 class FineTuning(NamedTuple):
@@ -106,72 +103,20 @@ def fine_tuning_with_divisors(
 
 
 def refreshed(plan: Plan, qstate: State, stats: State) -> dict[str, Tensor]:
-    """Returns qstate with the scales that are not learned taken anew from statistics."""
-    learned = {name for name, quantizer in plan.quantizers.items() if quantizer.learn}
-    return {
-        name: qstate[name] if name in learned else scale
-        for name, scale in finalize(plan, stats).items()
-    }
+    """Returns qstate with the scales (and zero points) that are not learned taken anew from statistics.
 
-
-def fold_batch_norm(
-    model: nn.Module, params: Mapping[str, Tensor], pairs: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Returns params in which batch norms are part of the convolutions before them.
-
-        factor = gamma / sqrt(var + eps)
-        weight' = weight * factor,    bias' = beta + (bias - mean) * factor
-
-    The batch norms become identities (mean 0, variance 1 - eps, gamma 1, beta bias'), so the same model
-    runs with the folded tensors; the convolution's own bias, if any, becomes 0. gamma = 0 gives a zero
-    weight and leaves beta. Differentiable in params; nothing is divided by gamma.
-
-    Args:
-        model: for the layers' kinds and eps; not read for tensors that params has.
-        params: parameters and buffers by name, `running_mean` and `running_var` among them.
-        pairs: `{path of the convolution or linear layer: path of the batch norm that follows it}`.
-
-    Raises:
-        ValueError: a path names no such layer, or params lack one of its tensors.
+    Example:
+        >>> model, x = torch.nn.Linear(2, 1), torch.tensor([[1.0, -2.0]])
+        >>> plan = fquant.make_plan(model, [fquant.OpRule(inputs=fquant.QuantSpec())], (x,))
+        >>> params = dict(model.named_parameters())
+        >>> stats = fquant.init_stats(plan)  # in a training loop: anew every k steps
+        >>> _, stats = fquant.observe(model, plan)(params, stats, x)
+        >>> refreshed(plan, {"linear#0.input": torch.tensor(9.0)}, stats)["linear#0.input"] * 127
+        tensor(2.)
     """
-    modules = dict(model.named_modules())
-    folded = dict(params)
-    for conv, norm in pairs.items():
-        layer, bn = modules.get(conv), modules.get(norm)
-        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | SparseConvolution):
-            raise ValueError(
-                f"fold_batch_norm: pairs must name convolutions or linear layers, got {conv!r}."
-            )
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"fold_batch_norm: pairs must name batch norms, got {norm!r}.")
-        names = [f"{norm}.running_mean", f"{norm}.running_var", f"{conv}.weight"]
-        for name in names:
-            if name not in params:
-                raise ValueError(f"fold_batch_norm: params must have {name!r} for {norm!r}.")
-        mean, variance, weight = (params[name] for name in names)
-        gamma = params.get(f"{norm}.weight", torch.ones_like(mean))
-        beta = params.get(f"{norm}.bias", torch.zeros_like(mean))
-        factor = gamma * torch.rsqrt(variance + bn.eps)
-        folded[f"{conv}.weight"] = _scale_outputs(layer, weight, factor)
-        shift = -mean
-        if f"{conv}.bias" in params:
-            shift = params[f"{conv}.bias"] - mean
-            folded[f"{conv}.bias"] = torch.zeros_like(mean)
-        bias = beta + shift * factor
-        if not bn.affine:
-            folded[f"{norm}.running_mean"] = -bias
-        else:
-            folded[f"{norm}.running_mean"] = torch.zeros_like(mean)
-            folded[f"{norm}.weight"] = torch.ones_like(mean)
-            folded[f"{norm}.bias"] = bias
-        folded[f"{norm}.running_var"] = torch.full_like(variance, 1.0 - bn.eps)
-    return folded
-
-
-def _scale_outputs(layer: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
-    if not getattr(layer, "transposed", False):
-        return weight * factor.view(-1, *[1] * (weight.ndim - 1))
-    groups = int(layer.groups)  # type: ignore[arg-type]
-    by_group = weight.reshape(groups, -1, *weight.shape[1:])
-    factors = factor.view(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
-    return (by_group * factors).reshape(weight.shape)
+    learned = {name for name, quantizer in plan.quantizers.items() if quantizer.learn}
+    kept = learned | {zero_point_of(name) for name in learned}
+    return {
+        name: qstate[name] if name in kept else value
+        for name, value in finalize(plan, stats).items()
+    }

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fquant.affine import compute_amax, compute_scale, fake_quantize
-from fquant.calibration import at_site, observed_amax
+from fquant.calibration import at_site, require_sites, require_stats, state_types
 from fquant.interception.interpreter import Interpreter
+from fquant.interception.nesting import outside_transforms, transform_level
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.interception.shadow import shadow_of
@@ -28,9 +28,15 @@ from fquant.op_rules import Quantizer
 from fquant.plan import Plan
 from fquant.planning import opted
 from fquant.progress import progress_bar
+from fquant.qstate import (
+    State,
+    dynamic_range,
+    fake_quantize_operand,
+    qstate_names,
+    zero_point_of,
+)
 
 Params = Mapping[str, Tensor]
-State = Mapping[str, Any]
 
 
 def init_stats(plan: Plan) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def observe(
     program = _Program(model, plan, train, ops)
 
     def observed(params: Params, stats: State, *args: Any, **kwargs: Any) -> Any:
-        _require_sites("observe", "stats", stats, program.calibrated)
+        require_stats("observe", stats, program.states)
         interpreter = _Observe(program, stats)
         y, buffers = program.run("observe", interpreter, params, args, kwargs)
         return (y, interpreter.stats, buffers) if with_buffers else (y, interpreter.stats)
@@ -103,7 +109,7 @@ def fake_quant(
     program = _Program(model, plan, train, ops)
 
     def fake_quantized(params: Params, qstate: State, *args: Any, **kwargs: Any) -> Any:
-        _require_sites("fake_quant", "qstate", qstate, program.calibrated)
+        require_sites("fake_quant", "qstate", qstate, program.calibrated)
         interpreter = _FakeQuantize(program, qstate)
         y, buffers = program.run("fake_quant", interpreter, params, args, kwargs)
         return (y, buffers) if with_buffers else y
@@ -147,38 +153,6 @@ def calibrate_model(
     return dict(states)
 
 
-def finalize(plan: Plan, stats: State) -> dict[str, Tensor]:
-    """Returns the step of every quantizer, `{quantizer: scale}`: what there is to freeze or train.
-
-    Raises:
-        ValueError: a quantizer has seen nothing, or stats are of another plan; the message names it.
-    """
-    _require_sites("finalize", "stats", stats, plan.observers)
-    quantizers = plan.quantizers
-    return {
-        name: at_site(name, compute_scale, amax, quantizers[name].spec)
-        for name, amax in observed_amax(stats, plan.observers).items()
-    }
-
-
-def split_qstate(plan: Plan, qstate: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns (learned, frozen): qstate taken apart by `Quantizer.learn`; `{**learned, **frozen}` is it.
-
-    Example:
-        >>> learn = fquant.Quantizer(fquant.QuantSpec(), learn=True)
-        >>> model = torch.nn.Linear(2, 1)
-        >>> rules = [fquant.OpRule(inputs=learn, weight=fquant.QuantSpec())]
-        >>> plan = fquant.make_plan(model, rules, (torch.ones(1, 2),))
-        >>> scales = {name: torch.ones(()) for name in plan.quantizers}
-        >>> learned, frozen = split_qstate(plan, scales)
-        >>> list(learned), list(frozen)
-        (['linear#0.input'], ['linear#0.weight'])
-    """
-    quantizers = plan.quantizers
-    learned = {name: scale for name, scale in qstate.items() if quantizers[name].learn}
-    return learned, {name: scale for name, scale in qstate.items() if name not in learned}
-
-
 class _Program:
     """What both transforms need of a model and a plan, worked out once."""
 
@@ -190,7 +164,8 @@ class _Program:
             site.name: {o.role: o.quantizer for o in site.operands if o.quantizer is not None}
             for site in plan.sites
         }
-        self.calibrated = tuple(plan.observers)
+        self.states = state_types(plan.observers)
+        self.calibrated = qstate_names(plan)
         self.shadow = shadow_of(model, ops.forwards, train, plan.method)
         self.parameters = tuple(name for name, _ in self.shadow.named_parameters())
         self.buffers = dict(self.shadow.named_buffers())
@@ -253,10 +228,14 @@ class _Observe(_Planned):
     def __init__(self, program: _Program, stats: State) -> None:
         super().__init__(program)
         self.stats = dict(stats)
+        self.level = transform_level()
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
         values = floats_of(x)
         if not action.dynamic and values is not None:
+            if transform_level() != self.level:
+                axis = getattr(action.observer, "axis", None)
+                values = at_site(name, outside_transforms, values, self.level, axis)
             values = _grouped(values, action.groups)
             self.stats[name] = at_site(name, action.observer.update, self.stats[name], values)
         return x
@@ -268,16 +247,25 @@ class _FakeQuantize(_Planned):
         self.qstate = qstate
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        return at_site(name, _fake, x, action, None if action.dynamic else self.qstate[name])
+        return at_site(name, self._on_grid, name, x, action)
 
+    def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
+        if hasattr(x, "features"):
+            return x.with_features(self._on_grid(name, x.features, quantizer))
+        y = _grouped(x, quantizer.groups)
+        y = self.rounded(name, y, quantizer, *self._range(name, y, quantizer))
+        return y if quantizer.groups == 1 else y.reshape(x.shape)
 
-def _fake(x: Any, quantizer: Quantizer, scale: Tensor | None) -> Any:
-    if hasattr(x, "features"):
-        return x.with_features(_fake(x.features, quantizer, scale))
-    y = _grouped(x, quantizer.groups)
-    if scale is None:
-        scale = compute_scale(compute_amax(y, quantizer.spec.axis), quantizer.spec)
-    return fake_quantize(y, scale, spec=quantizer.spec).reshape(x.shape)
+    def _range(self, name: str, x: Tensor, q: Quantizer) -> tuple[Tensor, Tensor | None]:
+        if q.dynamic:
+            return dynamic_range(x, q)
+        return self.qstate[name], None if q.symmetric else self.qstate[zero_point_of(name)]
+
+    def rounded(
+        self, name: str, x: Tensor, quantizer: Quantizer, scale: Tensor, zero_point: Tensor | None
+    ) -> Tensor:
+        """Returns x on the grid."""
+        return fake_quantize_operand(x, quantizer, scale, zero_point)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -291,18 +279,3 @@ def _could_be_a_site(op: Op, call: Arguments) -> bool:
         if slot.position < 0 or floats_of(x) is not None:
             return True
     return False
-
-
-def _require_sites(function: str, argument: str, given: State, wanted: Iterable[str]) -> None:
-    """Raises unless a tree has exactly the quantizers of a plan."""
-    count = 0
-    for name in wanted:
-        count += 1
-        if name not in given:
-            raise ValueError(
-                f"{function}: {argument} must have every calibrated quantizer of the plan, "
-                f"lacks {name!r}."
-            )
-    if len(given) != count:
-        others = sorted(set(given) - set(wanted))
-        raise ValueError(f"{function}: {argument} must be of this plan, got {others}, not in it.")

@@ -45,14 +45,15 @@ def test_bit_equal_values_and_gradients(composite, spec, dtype):
         assert torch.equal(a[finite].view(width), b[finite].view(width))  # zeros have one sign
 
 
+@pytest.mark.parametrize("scale", [0.5, torch.full((1, 1), 0.5)])
 @pytest.mark.parametrize("zero_point", [None, 3])
-def test_long_tensors_go_in_parts(composite, zero_point, monkeypatch):
+def test_long_tensors_go_in_parts(composite, zero_point, scale, monkeypatch):
     monkeypatch.setattr(eager_fake_quantize, "PART", 100)
     for x in (inputs(torch.float32), inputs(torch.float32).T, inputs(torch.float32)[:30]):
         results = []
         for function in (fq.fake_quantize, composite):
             leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            y = function(leaf, 0.5, zero_point)
+            y = function(leaf, scale, zero_point)
             (y * torch.arange(x.numel()).view(x.shape)).nan_to_num(0.0).sum().backward()
             results.append((y.detach(), leaf.grad))
         for a, b in zip(*results, strict=True):

@@ -304,6 +304,18 @@ def test_distinct_and_unknown_names_are_told():
         forward(params, {**qstate, "linear#0.weight": torch.ones(3, 1)}, x)
     with pytest.raises(ValueError, match=r"stats must have every .*, lacks"):
         fq.observe(model, plan)(params, {}, x)
+    other = fq.make_plan(
+        model, [fq.OpRule(inputs=fq.Quantizer(observer=fq.HistogramObserver()))], (x,)
+    )
+    of_max = {"linear#0.input": fq.MaxObserver().init()}
+    for call in (
+        lambda: fq.finalize(other, of_max),
+        lambda: fq.observe(model, other)(params, of_max, x),
+    ):
+        with pytest.raises(
+            ValueError, match=r"HistogramState at site 'linear#0.input', got MaxState"
+        ):
+            call()
     with pytest.raises(ValueError, match=r"rules must name operations of ops, .*got \['conv9d'\]"):
         fq.make_plan(model, [fq.OpRule(ops=("conv9d",))], (x,))
     with pytest.raises(ValueError, match=r"path must be a regular expression"):
@@ -314,3 +326,34 @@ def test_distinct_and_unknown_names_are_told():
             x,
             rules=[fq.OpRule(ops=("add",), inputs=INT8)],
         )
+
+
+def test_operations_that_write_their_input_are_named():
+    doubled = fq.register_op(fq.DEFAULT_OPS, torch.Tensor.mul_, name="doubled")
+    model = Net(lambda m, x: (x + 0).mul_(2))
+    with pytest.raises(ValueError, match=r"site 'doubled#0': .*must not write its input in place"):
+        fq.make_plan(model, fq.w8a8(), (torch.ones(2),), ops=doubled)
+    assert len(fq.make_plan(model, fq.w8(), (torch.ones(2),), ops=doubled).sites) == 1
+    renormed = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0))
+    for fake in (True, False):
+        with pytest.raises(ValueError, match=r"site '0/embedding#0': .*write its weight in place"):
+            fq.make_plan(renormed, fq.w8(), (torch.tensor([1]),), fake=fake)
+
+
+def test_trees_go_in_and_come_out():
+    def tree(m, batch, scale=None):
+        h = {"hidden": m.a(batch["x"][0]) * scale["by"]}
+        return [h, (m.b(h["hidden"]), batch["tokens"])]
+
+    model = Net(tree, a=nn.Linear(2, 3), b=nn.Linear(3, 1))
+    x, tokens = torch.randn(4, 2), torch.arange(4)
+    args, kwargs = ({"x": [x], "tokens": tokens},), {"scale": {"by": torch.tensor(2.0)}}
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    plan = fq.make_plan(model, fq.w8a8(), args, kwargs)
+    assert [s.name for s in plan.sites] == ["a/linear#0", "b/linear#0"]
+    exact, stats = fq.observe(model, plan)(params, fq.init_stats(plan), *args, **kwargs)
+    y = fq.fake_quant(model, plan)(params, fq.finalize(plan, stats), *args, **kwargs)
+    leaves, structure = torch.utils._pytree.tree_flatten(y)
+    assert structure == torch.utils._pytree.tree_structure(exact)
+    assert leaves[2] is tokens
+    assert torch.allclose(leaves[0], model(*args, **kwargs)[0]["hidden"], atol=0.1)

@@ -28,6 +28,15 @@ MIN_MAX, FIXED = fq.MinMaxObserver(0), fq.FixedWidthHistogramObserver()
 HISTOGRAM = fq.HistogramObserver(0, 256)
 SEEN = HISTOGRAM.update(HISTOGRAM.init(), X / 8)
 
+MODEL = torch.nn.Sequential(
+    torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
+)
+TENSORS = {n: p.detach() for n, p in (*MODEL.named_parameters(), *MODEL.named_buffers())}
+SHARED = fq.Quantizer(per="channel")
+PLAN = fq.make_plan(MODEL, [fq.OpRule(weight=SHARED, inputs=SHARED)], (X,))
+STATS = fq.calibrate_model(MODEL, PLAN, TENSORS, [X], progress=False)
+TRAINED = fq.fake_quant(MODEL, PLAN, train=True, with_buffers=True)
+
 CALLS = {
     "tensor_quant": lambda x: fq.tensor_quant(x, 2.0),
     "fake_tensor_quant": lambda x: fq.fake_tensor_quant(x, 2.0),
@@ -57,6 +66,16 @@ CALLS = {
     "MovingAverageObserver": lambda x: AVERAGE.update(PAST, x),
 }
 TREE_CALLS = {
+    "finalize": (lambda s: fq.finalize(PLAN, s), STATS),
+    "refreshed": (lambda q: fq.refreshed(PLAN, q, STATS), fq.finalize(PLAN, STATS)),
+    "equalize": (lambda t: fq.equalize(PLAN, *t), (TENSORS, fq.finalize(PLAN, STATS))),
+    "equalize_layers": (lambda p: fq.equalize_layers(MODEL, p, {"0 1": "3"}), TENSORS),
+    "fold_batch_norm": (lambda p: fq.fold_batch_norm(MODEL, p, {"0": "1"}), TENSORS),
+    "fake_quant": (lambda t: TRAINED(*t, X), (TENSORS, fq.finalize(PLAN, STATS))),
+    "estimate_batch_norm": (
+        lambda t: fq.estimate_batch_norm(MODEL, lambda p, x: TRAINED(p, t[1], x), t[0], [X]),
+        (TENSORS, fq.finalize(PLAN, STATS)),
+    ),
     "pack": (lambda q: fq.unpack(fq.pack(q)), fq.quantize(X, 0.1, spec=fq.QuantSpec(4))),
     "HistogramObserver.merge": (lambda s: HISTOGRAM.merge(s, s), SEEN),
     "read-outs": (

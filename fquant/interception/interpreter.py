@@ -29,7 +29,12 @@ class Interpreter(TorchFunctionMode):
 
     A subclass says what a site does to its operands (`operands_at`, `operand`). Only the innermost
     interpreter of a thread acts, so that one inside another never sees the other's arithmetic.
+
+    Attributes:
+        captures: whether functions of records are to leave one node each in a graph (`capturing`).
     """
+
+    captures = False
 
     def __init__(
         self, ops: Ops, opted: Collection[str], distinct: Collection[str] = frozenset()

@@ -23,6 +23,11 @@ def current() -> Any:
     return RUNNING.interpreters[-1] if RUNNING.interpreters else None
 
 
+def capturing() -> bool:
+    """Whether an interpreter of this thread captures a graph in which each layer is one node."""
+    return any(i is not None and i.captures for i in RUNNING.interpreters)
+
+
 def site(name: str, x: Any) -> Any:
     """Marks a value inside a model as a site of operation "site": rules may quantize its output.
 

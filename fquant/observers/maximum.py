@@ -30,6 +30,7 @@ class MaxObserver:
 
     Attributes:
         axis: the axis or axes that keep an amax of their own; None for one per tensor.
+        block: how many neighbours along a kept axis share one (`fquant.compute_amax`); None for 1.
 
     Example:
         >>> observer = MaxObserver()
@@ -39,12 +40,13 @@ class MaxObserver:
     """
 
     axis: int | tuple[int, ...] | None = None
+    block: int | tuple[int, ...] | None = None
 
     def init(self) -> MaxState:
         return MaxState(torch.zeros(()), torch.zeros((), dtype=torch.int64))
 
     def update(self, state: MaxState, x: Tensor) -> MaxState:
-        amax = compute_amax(x, self.axis)
+        amax = compute_amax(x, self.axis, self.block)
         require_same_shape("MaxObserver.update", state.amax, amax)
         return MaxState(torch.maximum(state.amax, amax), state.num_values + x.numel())
 

@@ -7,6 +7,7 @@ y = sparse_conv_int8(x, weight, bias, kernel_map=...)        int8, fused, no der
 `fquant.sparse.nn` has the same as modules, `fquant.sparse.models` whole networks.
 """
 
+from fquant.sparse.capacity import pad_map, pad_to_capacity, valid_count, without_padding
 from fquant.sparse.combine import add_features, join_features, sparse_add, union_maps
 from fquant.sparse.conv import (
     sparse_conv,
@@ -43,6 +44,8 @@ __all__ = [
     "global_max_pool",
     "join_features",
     "max_pool",
+    "pad_map",
+    "pad_to_capacity",
     "sparse_add",
     "sparse_conv",
     "sparse_conv_int8",
@@ -53,4 +56,6 @@ __all__ = [
     "transpose_map",
     "transposed_conv_map",
     "union_maps",
+    "valid_count",
+    "without_padding",
 ]

@@ -6,7 +6,7 @@ import operator
 import torch
 
 from fquant.checks import require_same_device, values_readable
-from fquant.sparse.conv import gather_neighbors
+from fquant.sparse.capture import gather_neighbors
 from fquant.sparse.kernel_map import Cells, KernelMap
 from fquant.sparse.tensor import SparseTensor
 from fquant_kernels import kernel_neighbors

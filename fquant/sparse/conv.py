@@ -1,20 +1,19 @@
 """Sparse convolution in plain tensor operations: right under every torch transform.
 
 Where no derivative can be asked for, the same sums come from `fquant_kernels.sparse_conv_float`,
-faster and without a table of gathered features (`fast_kernel_serves` is the rule). The two differ by
-the order of summation: by at most `2 n 2^-24 sum |x w|` for sums of n products, in float32.
+faster and without a table of gathered features (`fquant.sparse.capture.fast_kernel_serves` is the
+rule). The two differ by the order of summation: by at most `2 n 2^-24 sum |x w|` for sums of n
+products, in float32.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-import fquant_kernels
 from fquant.checks import require_same_device
 from fquant.interception.stack import quantizable
 from fquant.records import QTensor
+from fquant.sparse import capture
 from fquant.sparse.geometry import Sizes
 from fquant.sparse.kernel_map import (
     KernelMap,
@@ -210,38 +209,7 @@ def convolve(
     check_map(function, x, weight.shape, kernel_map)
     assert isinstance(x.features, Tensor)  # by check_conv_args
     flat_weight = weight.flatten(1, -2)  # (Cout, K, Cin)
-    if fast_kernel_serves(x.features):
-        return outputs(
-            kernel_map,
-            fquant_kernels.sparse_conv_float(x.features, flat_weight, kernel_map.neighbors, bias),
-        )
-    gathered = gather_neighbors(x.features, kernel_map.neighbors, 0.0)  # (M, K, Cin)
-    y = gathered.flatten(1) @ flat_weight.flatten(1).T
-    return outputs(kernel_map, y if bias is None else y + bias)
-
-
-def fast_kernel_serves(features: Tensor) -> bool:
-    """Whether a float convolution runs as the inference op: float32 on CPU, and no derivative.
-
-    That is under `torch.no_grad` or `inference_mode`, outside of `torch.func` transforms,
-    forward-mode differentiation and `torch.export`, where plain operations are what is wanted.
-    """
-    if torch.is_grad_enabled() or features.dtype != torch.float32 or features.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def gather_neighbors(features: Tensor, neighbors: Tensor, absent: float) -> Tensor:
-    """Returns `(M, K, C)`: the feature row each output reads at each offset, `absent` where none.
-
-    `torch.embedding` gathers twice as fast as indexing does, and its derivative skips absent rows.
-    """
-    absent_row = features.shape[0]
-    padded = torch.cat([features, features.new_full((1, features.shape[1]), absent)])
-    rows = torch.where(neighbors < 0, absent_row, neighbors).T.contiguous()
-    return torch.embedding(padded, rows, absent_row)
+    return outputs(kernel_map, capture.conv(x.features, flat_weight, kernel_map.neighbors, bias))
 
 
 def outputs(kernel_map: KernelMap, features: Tensor | QTensor) -> SparseTensor:

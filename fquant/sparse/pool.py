@@ -1,6 +1,5 @@
 """Pooling, per window and per sample."""
 
-import functools
 import math
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor
 
 from fquant.checks import require_same_device
 from fquant.records import QTensor
-from fquant.sparse.conv import check_map, gather_neighbors, outputs
+from fquant.sparse.capture import gather_neighbors, window_max
+from fquant.sparse.conv import check_map, outputs
 from fquant.sparse.geometry import Sizes
 from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
@@ -56,10 +56,9 @@ def max_pool(
     check_map("max_pool", x, None, kernel_map)
     if isinstance(x.features, QTensor):
         f = x.features
-        lowest = torch.iinfo(f.q.dtype).min
-        q = _window_max(f.q, kernel_map.neighbors, lowest)
+        q = window_max(f.q, kernel_map.neighbors)
         return outputs(kernel_map, QTensor(q, f.scale, f.zero_point, spec=f.spec, dtype=f.dtype))
-    return outputs(kernel_map, _window_max(x.features, kernel_map.neighbors, float("-inf")))
+    return outputs(kernel_map, window_max(x.features, kernel_map.neighbors))
 
 
 def avg_pool(
@@ -121,12 +120,14 @@ def global_avg_pool(x: SparseTensor, *, count_absent: bool = True) -> Tensor:
         (tensor([[3.]]), tensor([[4.]]))
     """
     features = _float_features("global_avg_pool", x)
-    sample = x.coords[:, 0].long()
-    total = features.new_zeros(x.batch_size, features.shape[1]).index_add(0, sample, features)
+    sample = _sample_of_row(x)
+    total = features.new_zeros(x.batch_size + 1, features.shape[1]).index_add(0, sample, features)
+    total = total[: x.batch_size]
     if count_absent:
         return total / math.prod(x.spatial_shape)
     ones = features.new_ones(features.shape[0])
-    count = features.new_zeros(x.batch_size).index_add(0, sample, ones).clamp(min=1)
+    count = features.new_zeros(x.batch_size + 1).index_add(0, sample, ones).clamp(min=1)
+    count = count[: x.batch_size]
     return total / count.unsqueeze(1)
 
 
@@ -141,10 +142,17 @@ def global_max_pool(x: SparseTensor) -> Tensor:
         tensor([[-2.]])
     """
     features = _float_features("global_max_pool", x)
-    sample = x.coords[:, :1].long().expand(-1, features.shape[1])
-    return features.new_zeros(x.batch_size, features.shape[1]).scatter_reduce(
+    sample = _sample_of_row(x).unsqueeze(1).expand(-1, features.shape[1])
+    largest = features.new_zeros(x.batch_size + 1, features.shape[1]).scatter_reduce(
         0, sample, features, "amax", include_self=False
     )
+    return largest[: x.batch_size]
+
+
+def _sample_of_row(x: SparseTensor) -> Tensor:
+    """Returns the sample of each row; rows of padding (see `capacity`) get one more, to be dropped."""
+    sample = x.coords[:, 0].long()
+    return torch.where(sample < 0, x.batch_size, sample)
 
 
 def _float_features(function: str, x: SparseTensor) -> Tensor:
@@ -157,11 +165,3 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
         )
     require_same_device(function, "coords", x.coords, x.features)
     return x.features
-
-
-def _window_max(features: Tensor, neighbors: Tensor, lowest: float) -> Tensor:
-    if torch.is_grad_enabled() and features.is_floating_point():
-        return gather_neighbors(features, neighbors, lowest).max(dim=1).values
-    padded = torch.cat([features, features.new_full((1, features.shape[1]), lowest)])
-    taps = torch.where(neighbors < 0, features.shape[0], neighbors).unbind()
-    return functools.reduce(torch.maximum, (padded.index_select(0, tap) for tap in taps))

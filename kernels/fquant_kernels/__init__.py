@@ -6,7 +6,13 @@ checks arguments and registers it. This package knows nothing of records, trees 
 
 from fquant_kernels.conv_float import sparse_conv_float
 from fquant_kernels.conv_half import sparse_conv_half
-from fquant_kernels.conv_int8 import pack_weight, sparse_conv_int8, sparse_conv_int8_tiles
+from fquant_kernels.conv_int8 import (
+    pack_weight,
+    pack_weight_for,
+    sparse_conv_int8,
+    sparse_conv_int8_packed,
+    sparse_conv_int8_tiles,
+)
 from fquant_kernels.doctor import Check, check_neighbors, self_test
 from fquant_kernels.kernel_map import (
     TileRulebook,
@@ -29,10 +35,12 @@ __all__ = [
     "kernel_neighbors",
     "mask_order",
     "pack_weight",
+    "pack_weight_for",
     "self_test",
     "sparse_conv_float",
     "sparse_conv_half",
     "sparse_conv_int8",
+    "sparse_conv_int8_packed",
     "sparse_conv_int8_tiles",
     "tile_rulebook",
     "transpose_neighbors",

@@ -57,10 +57,7 @@ def define_inference_op(
     op = getattr(torch.ops.fquant, name).default
 
     def refuse_derivative(*args: Any, **kwargs: Any) -> Any:
-        if any(_wants_derivative(value) for value in (*args, *kwargs.values())):
-            raise RuntimeError(
-                f"fquant::{name} has no derivative: it computes in integers. {instead}"
-            )
+        _refuse_derivative(name, instead, *args, *kwargs.values())
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -76,6 +73,37 @@ def define_inference_op(
     torch.library.register_fake(op, _checked(check_args, fake), lib=_LIBRARY)
     torch.library.register_vmap(op, one_by_one, lib=_LIBRARY)
     return op
+
+
+def define_composite_op(
+    schema: str, definition: Callable[..., Any], instead: str | None = None
+) -> Callable[..., Any]:
+    """Returns the op `torch.ops.fquant.<name>`, a name for a function of plain tensor operations.
+
+    `torch.export` keeps it as one node, which passes can match; `torch.compile` sees through it, and
+    so do derivatives, unless they are refused.
+
+    Args:
+        schema: as in `define_inference_op`.
+        definition: plain tensor operations; no result aliases an input.
+        instead: what to use where a derivative is wanted, if the definition has none to give.
+    """
+    name = schema[: schema.index("(")]
+
+    @functools.wraps(definition)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if instead is not None:
+            _refuse_derivative(name, instead, *args, *kwargs.values())
+        return definition(*args, **kwargs)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, checked, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fquant, name).default
+
+
+def _refuse_derivative(name: str, instead: str, *values: object) -> None:
+    if any(_wants_derivative(value) for value in values):
+        raise RuntimeError(f"fquant::{name} has no derivative: it computes in integers. {instead}")
 
 
 def register_backend(

@@ -26,12 +26,17 @@ def op_cases() -> list[Any]:
     int8 = torch.randint(-128, 128, (40, 5), dtype=torch.int8)
     weight = torch.randint(-128, 128, (6, 27, 5), dtype=torch.int8)
     scale, residual = torch.rand(6), torch.randint(-128, 128, (40, 6), dtype=torch.int8)
+    packed, isa = fquant_kernels.pack_weight_for(weight)
     ops = torch.ops.fquant
     return [
         (ops.sparse_conv_int8, (int8, weight, table, scale)),
         (
             ops.sparse_conv_int8,
             (int8, weight, table, scale, scale, residual, torch.tensor(0.5), True, torch.float16),
+        ),
+        (
+            ops.sparse_conv_int8_packed,
+            (int8, packed, [6, 27, 5], isa, table, scale, scale, residual, torch.tensor(0.5), True),
         ),
         (ops.sparse_conv_float, (int8.float(), weight.float(), table, scale)),
         (ops.conv_output_coords, (coords, *GEOMETRY)),

@@ -18,7 +18,7 @@ from fquant.sparse import (
     sparse_inverse_conv,
     subm_conv,
 )
-from fquant.sparse.conv import fast_kernel_serves
+from fquant.sparse.capture import fast_kernel_serves
 
 
 def scene(channels, shape, density=0.3, seed=0, batch=2, dtype=torch.float32):

@@ -1,5 +1,7 @@
 """The CPU path of the int8 sparse convolution: packed weights and the compiled kernel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,20 +52,55 @@ def sparse_conv_int8(
     Raises:
         IndexError: an entry of `neighbors` is not below N.
     """
-    out_dtype = torch.int8 if out_dtype is None else out_dtype
     number = native.choose_isa(isa)
     packed = pack_weight(weight, native.ISAS[number])
+    return convolve_packed(
+        features,
+        packed,
+        (weight.shape[0], weight.shape[1]),
+        native.ISAS[number],
+        neighbors,
+        scale,
+        bias,
+        residual,
+        residual_scale,
+        relu,
+        out_dtype,
+    )
+
+
+def convolve_packed(
+    features: Tensor,
+    packed: Tensor,
+    weight_shape: Sequence[int],
+    isa: str,
+    neighbors: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Returns the convolution with weights that `pack_weight(weight, isa)` made.
+
+    Args beyond the reference's:
+        packed: 1-d uint8.
+        weight_shape: `(Cout, K)` of the weight that was packed.
+        isa: what it was packed for.
+    """
+    out_dtype = torch.int8 if out_dtype is None else out_dtype
     features, neighbors, scale = (t.contiguous() for t in (features, neighbors, scale))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     num_taps, num_outputs = neighbors.shape
-    out = torch.empty((num_outputs, weight.shape[0]), dtype=out_dtype)
+    out = torch.empty((num_outputs, weight_shape[0]), dtype=out_dtype)
     status = native.library().fquant_conv_int8(
-        number,
+        native.choose_isa(isa),
         features.data_ptr(),
         *features.shape,
         packed.data_ptr(),
-        weight.shape[0],
+        weight_shape[0],
         neighbors.data_ptr(),
         num_taps,
         num_outputs,

@@ -1,4 +1,4 @@
-"""Voxel scenes for benches: seeded synthetic LiDAR scans, and real scans where a folder has them.
+"""Voxel scenes for benches and examples: seeded synthetic LiDAR scans, and real ones where there are.
 
 Uniformly random voxels mislead (1.04 active taps of 27; real scans have 3 to 17), and so do flat
 grounds with boxes (their coarse levels come out ten times too small). Here a sensor of `beams` x
@@ -60,9 +60,12 @@ def _ground_height(x: np.ndarray, y: np.ndarray, random: np.random.Generator) ->
     return height
 
 
-def _objects(sensor: Sensor, random: np.random.Generator) -> np.ndarray:
-    """Points of walls (flat) and plants (scattered), denser near the sensor."""
-    clouds = []
+CLASSES = ("ground", "vegetation", "building")
+
+
+def _objects(sensor: Sensor, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Points of walls (flat) and plants (scattered), denser near the sensor, and their classes."""
+    clouds, classes = [], []
     distance = 8 + random.exponential(30, sensor.plants + sensor.walls)
     angle = random.uniform(0, 2 * np.pi, sensor.plants + sensor.walls)
     center = np.stack([distance * np.cos(angle), distance * np.sin(angle)], axis=1)
@@ -79,12 +82,16 @@ def _objects(sensor: Sensor, random: np.random.Generator) -> np.ndarray:
             points += (*middle, -1.8)
             points[:, 2] += random.uniform(0, random.uniform(2, 8), count)
         clouds.append(points)
+        classes.append(np.full(count, 1 if i < sensor.plants else 2))
     points = np.concatenate(clouds)
-    return points[np.linalg.norm(points, axis=1) > 4.0]
+    away_from_sensor = np.linalg.norm(points, axis=1) > 4.0
+    return points[away_from_sensor], np.concatenate(classes)[away_from_sensor]
 
 
-def _sweep(sensor: Sensor, objects: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The nearest point per cell of the sensor, at the ranges a sweep measures them."""
+def _sweep(
+    sensor: Sensor, objects: np.ndarray, classes: np.ndarray, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest point per cell of the sensor, at the range a sweep measures it, and its class."""
     low, high = np.deg2rad(sensor.elevation)
     beam = np.linspace(low, high, sensor.beams)[:, None]
     column = (np.arange(sensor.columns) + random.uniform())[None] * 2 * np.pi / sensor.columns
@@ -100,6 +107,9 @@ def _sweep(sensor: Sensor, objects: np.ndarray, random: np.random.Generator) -> 
     cell = (around * sensor.columns / (2 * np.pi)).astype(np.int64) % sensor.columns
     seen = (row >= 0) & (row < sensor.beams)
     np.minimum.at(nearest, (row[seen], cell[seen]), distance[seen])
+    kind = np.zeros(nearest.shape, np.int64)
+    seen &= distance == nearest[row.clip(0, sensor.beams - 1), cell]
+    kind[row[seen], cell[seen]] = classes[seen]
 
     measured = nearest + random.normal(0, 0.02, nearest.shape)
     keep = (nearest < sensor.reach) & (random.uniform(size=nearest.shape) > 0.08)
@@ -111,14 +121,24 @@ def _sweep(sensor: Sensor, objects: np.ndarray, random: np.random.Generator) -> 
         ],
         axis=-1,
     )
-    return (rays * measured[..., None])[keep]
+    return (rays * measured[..., None])[keep], kind[keep]
 
 
-def voxelize(points: np.ndarray, voxel: tuple[float, ...]) -> tuple[Tensor, tuple[int, ...]]:
+def labelled_scan(sensor: Sensor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one sweep: points `(P, 3)` as (x, y, z) in metres from the sensor, and classes `(P,)`.
+
+    Classes count in `CLASSES`. The same sensor, seed included, sees the same scene.
+    """
+    random = np.random.default_rng(sensor.seed)
+    return _sweep(sensor, *_objects(sensor, random), random)
+
+
+def voxelize(points: np.ndarray, voxel: tuple[float, ...]) -> tuple[Tensor, tuple[int, int, int]]:
     """Returns unique voxels in order of first point, as (batch, z, y, x), and the grid."""
     cells = np.floor(points[:, ::-1] / np.asarray(voxel)).astype(np.int64)
     cells -= cells.min(axis=0)
-    shape = tuple(int(size) for size in cells.max(axis=0) + 1)
+    z, y, x = (int(size) for size in cells.max(axis=0) + 1)
+    shape = (z, y, x)
     _, first = np.unique(np.ravel_multi_index(tuple(cells.T), shape), return_index=True)
     cells = cells[np.sort(first)]
     coords = np.concatenate([np.zeros((len(cells), 1), np.int64), cells], axis=1)
@@ -129,12 +149,12 @@ def synthetic(name: str, sweeps: int | None = None) -> Scene:
     """Returns one scan of a sensor of `SENSORS`; more `sweeps` make a denser cloud."""
     sensor = SENSORS[name]
     random = np.random.default_rng(sensor.seed)
-    objects = _objects(sensor, random)
+    objects, classes = _objects(sensor, random)
     ground = int(random.integers(1 << 31))
     clouds = []
     for step in range(sensor.sweeps if sweeps is None else sweeps):
         moved = objects - (0.4 * step, 0.0, 0.0)
-        points = _sweep(sensor, moved, np.random.default_rng((ground, step)))
+        points, _ = _sweep(sensor, moved, classes, np.random.default_rng((ground, step)))
         clouds.append(points + np.array([0.4 * step, 0.0, 0.0]))
     points = np.concatenate(clouds)
     coords, shape = voxelize(points, sensor.voxel)
@@ -152,11 +172,11 @@ def of_size(num_voxels: int) -> Scene:
         sweeps *= 2
 
 
-def data_folder() -> Path | None:
-    """Returns the folder of real scans: `$FQUANT_DATA/lidar`, else `../shared/data/lidar`."""
+def data_folder(name: str = "lidar") -> Path | None:
+    """Returns a folder of real data in `$FQUANT_DATA`, else in `../shared/data`, if it is there."""
     root = os.environ.get("FQUANT_DATA")
-    folder = Path(root) if root else Path(__file__).parents[2] / "shared" / "data"
-    return folder / "lidar" if (folder / "lidar").is_dir() else None
+    folder = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
+    return folder / name if (folder / name).is_dir() else None
 
 
 REAL = {

@@ -1,0 +1,143 @@
+"""`to_onnx`: a Q/DQ program as an ONNX file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from fquant.affine import quantize
+from fquant.calibration import at_site
+from fquant.graph.editor import Editor
+from fquant.graph.onnx.qdq import qdq_translations
+from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
+from fquant.graph.onnx.types import onnx_type_of
+from fquant.graph.qdq_ops import Quantization, is_dequantize, is_quantize, quantization_of
+from fquant.optional import require_package
+from fquant.serialization.atomic import replacing
+from fquant.spec import QuantSpec
+
+
+def to_onnx(program: ExportedProgram, path: str | Path) -> None:
+    """Writes a program of `export_qdq` as ONNX, opset 21, with QuantizeLinear and DequantizeLinear.
+
+    ONNX Runtime gives the same integers from the same inputs: rounding, saturation and, where the
+    ONNX type is wider than the format, clipping are those of `fquant.quantize`. What is between may
+    differ in the last bits of floats. Formats are stored as
+
+        2 to 4 bits     INT4, UINT4         E4M3, E5M2            FLOAT8E4M3FN, FLOAT8E5M2
+        5 to 8 bits     INT8, UINT8         E4M3FNUZ, E5M2FNUZ    FLOAT8E4M3FNUZ, FLOAT8E5M2FNUZ
+        9 to 16 bits    INT16, UINT16
+
+    with a scale per tensor, per axis, or per block. Params and stored integers keep their names in the
+    program's state, both operators carry the quantizer's name in their metadata, and dynamic sizes stay
+    dynamic.
+    Sparse layers are operators of the domain "fquant" (`fquant.graph.onnx.sparse`). The file is
+    checked by onnx.checker, and written atomically.
+
+    Args:
+        program: of `export_qdq`, in float32 or a half type; `weights="integer"` makes weights
+            integers in the file.
+        path: of the file; by habit it ends in .onnx.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed (`pip install 'fquant[onnx]'`).
+        ValueError: a quantizer's format or rounding is none that ONNX has, or it computes in float64;
+            the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(2, 1)
+        >>> params = {name: p.detach() for name, p in model.named_parameters()}
+        >>> x = torch.ones(3, 2)
+        >>> plan = fquant.make_plan(model, fquant.w8a8(), (x,))
+        >>> stats = fquant.calibrate_model(model, plan, params, [x], progress=False)
+        >>> qstate = fquant.finalize(plan, stats)
+        >>> program = fquant.export_qdq(model, plan, params, qstate, (x,), weights="integer")
+        >>> fquant.to_onnx(program, tempfile.mkdtemp() + "/model.onnx")
+
+    References:
+        ONNX operators QuantizeLinear and DequantizeLinear, version 21.
+    """
+    onnx = require_package("onnx", "fquant.to_onnx", "onnx")
+    require_package("onnxscript", "fquant.to_onnx", "onnx")
+    inside = _require_expressible(program)
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=21,
+        optimize=False,
+        verbose=False,
+        custom_translation_table={**qdq_translations(inside), **sparse_translations()},
+    )
+    assert exported is not None
+    _type_codes(exported.model)
+    exported.optimize()
+    define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
+    exported.model.producer_name = "fquant"
+    onnx.checker.check_model(exported.model_proto, full_check=True)
+    with replacing(path) as temporary:
+        exported.save(temporary)
+
+
+def _require_expressible(program: ExportedProgram) -> set[str]:
+    """Raises unless ONNX has every quantizer; returns those whose constant inputs need no clipping."""
+    editor = Editor(program)
+    clipped: set[str] = set()
+    constant: set[str] = set()
+    for node in editor.graph.nodes:
+        if not is_quantize(node) and not is_dequantize(node):
+            continue
+        at = quantization_of(node)
+        at_site(at.name, onnx_type_of, at.format)
+        if is_dequantize(node):
+            continue
+        if at.format.rounding != "half_even":
+            raise ValueError(
+                f"site {at.name!r}: to_onnx: rounding must be half to even, as QuantizeLinear's is, got "
+                f"{at.format.rounding!r}. Weights may round in any way with "
+                "export_qdq(..., weights='integer')."
+            )
+        if at.input.meta["val"].dtype == torch.float64:
+            raise ValueError(
+                f"site {at.name!r}: to_onnx: x must be of float32 or a half type, as "
+                "QuantizeLinear is, got float64."
+            )
+        fits = editor.constant(node) and _stays_inside(editor, at, editor.value(node))
+        (constant if fits else clipped).add(at.name)
+    return constant - clipped
+
+
+def _stays_inside(editor: Editor, at: Quantization, q: torch.Tensor) -> bool:
+    if not isinstance(at.format, QuantSpec):
+        return False
+    x, scale, zero_point = (editor.value(v) for v in (at.input, at.scale, at.zero_point))
+    wide = replace(at.format, num_bits=16, narrow_range=False)
+    return torch.equal(quantize(x, scale, zero_point, wide).q.int(), q.int())
+
+
+def _type_codes(model: Any) -> None:
+    """Gives codes their ONNX types: torch holds 4-bit integers in int8, and float8 codes in uint8."""
+    ir = require_package("onnx_ir", "fquant.to_onnx", "onnx")
+    graph, typed = model.graph, {}
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].dtype = ir.DataType(node.attributes["output_dtype"].as_int())
+        if node.op_type != "Cast":
+            continue
+        stored, to = node.inputs[0], ir.DataType(node.attributes["to"].as_int())
+        users = node.outputs[0].uses()
+        if not users or any(u.op_type != "DequantizeLinear" or at != 0 for u, at in users):
+            continue
+        if stored.const_value is None:
+            raise ValueError(f"to_onnx: codes must be of a Q node or stored, got {stored.name}.")
+        if stored.name not in typed:
+            codes, dtype = stored.const_value.numpy(), to.numpy()
+            codes = codes.view(dtype) if to.name.startswith("FLOAT8") else codes.astype(dtype)
+            typed[stored.name] = ir.tensor(codes, name=stored.name)
+        node.outputs[0].replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+    for name, tensor in typed.items():
+        value = graph.initializers[name]
+        value.const_value, value.dtype = tensor, tensor.dtype

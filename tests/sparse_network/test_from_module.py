@@ -1,0 +1,115 @@
+"""Lists of layers made from modules compute what the modules do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn as torch_nn
+from torch.func import functional_call
+
+from fquant.sparse import SparseTensor, add_features, join_features, models, nn
+from fquant.sparse_network import SparseNetwork, list_layers, make_maps
+
+
+def scene(channels, size, axes, density):
+    g = torch.Generator().manual_seed(0)
+    shape = (1, 1, *[size] * axes)
+    x = SparseTensor.from_dense((torch.rand(shape, generator=g) < density).float())
+    return x.with_features(torch.randn(len(x.coords), channels, generator=g))
+
+
+def with_statistics(model):
+    g = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=g) + 0.01)
+        elif name.endswith("running_mean"):
+            buffer.copy_(0.01 * torch.randn(buffer.shape, generator=g))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=g))
+    return model.eval()
+
+
+def same(model, x, axes=3):
+    listed = list_layers(model)
+    params = listed.params(model.state_dict())
+    network = SparseNetwork(listed.layers, axes, batch_norm=False)
+    assert params.keys() == network.state_dict().keys()
+    maps = make_maps(listed.layers, x)
+    with torch.no_grad():
+        expected, actual = model(x), functional_call(network, params, (x, maps))
+    assert torch.equal(actual.coords, expected.coords)
+    size = expected.features.abs().max()
+    assert size > 0
+    # Batch norm folded: another order of float32 operations, through tens of layers.
+    assert torch.allclose(actual.features, expected.features, rtol=0, atol=1e-4 * float(size))
+    return listed
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "size", "residuals"),
+    [
+        (models.MinkUNet, 4, 20, 16),
+        (models.VoxelResBackBone8x, 5, 40, 8),
+        (models.VoxelBackBone8x, 4, 40, 0),
+    ],
+)
+def test_networks_of_the_literature(make, channels, size, residuals):
+    model = with_statistics(make(in_channels=channels, width=0.25))
+    listed = same(model, scene(channels, size, 3, 0.02))
+    assert sum(bool(layer.residual) for layer in listed.layers) == residuals
+
+
+def test_pools_and_dilation():
+    model = nn.SparseSequential(
+        nn.SubMConv2d(3, 4, 3, dilation=2),
+        nn.SparseReLU(),
+        nn.SparseMaxPool2d(2, 2),
+        nn.SparseConv2d(4, 4, (3, 1), stride=(2, 1), padding=(1, 0)),
+        torch_nn.ReLU(),
+        torch_nn.Linear(4, 5),
+    )
+    with_statistics(model)
+    listed = same(model, scene(3, 12, 2, 0.3), axes=2)
+    assert [layer.op for layer in listed.layers] == ["subm", "max_pool", "conv", "linear"]
+
+
+@given(width=st.sampled_from([0.25, 0.5]), axes=st.integers(1, 3))
+def test_u_nets_of_any_number_of_axes(width, axes):
+    model = models.MinkUNet(2, 3, widths=(8, 8, 16, 8, 8), width=width, axes=axes)
+    same(with_statistics(model), scene(2, 9, axes, 0.5), axes)
+
+
+class TwoReaders(torch_nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.SubMConv1d(2, 2, 3)
+        self.last = nn.SubMConv1d(4, 2, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.last(join_features(y, y.map(torch.relu)))
+
+
+class SumOfInputs(torch_nn.Module):
+    def forward(self, x):
+        return add_features(x, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (TwoReaders(), "which others read as well"),
+        (SumOfInputs(), "which is no convolution's result"),
+        (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), nn.SparseAvgPool1d(2)), "SparseAvgPool1d"),
+        (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.Tanh()), "Tanh"),
+        (
+            nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.ReLU(), torch_nn.BatchNorm1d(2)),
+            "which is no convolution's result",
+        ),
+    ],
+)
+def test_what_no_layer_does_is_named(model, message):
+    with pytest.raises(ValueError, match=message):
+        list_layers(model)
