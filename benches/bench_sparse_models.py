@@ -5,34 +5,26 @@ features alone. The results are compared before anything is timed. spconv runs i
 """
 
 import argparse
-import dataclasses
 from typing import Any
 
 import torch
 
-from benches import harness, networks, scenes
+from benches import harness
+from benches.bench_networks import NETWORKS
 from fquant.sparse import SparseTensor, models, nn
-
-MODELS = {
-    "benchmark_net": models.BenchmarkNet,
-    "VoxelBackBone8x": models.VoxelBackBone8x,
-    "VoxelResBackBone8x": lambda: models.VoxelResBackBone8x(
-        block_bias=False
-    ),  # spconv: none on CPU
-    "MinkUNet": models.MinkUNet,
-}
+from fquant.testing import scenes
 
 
 def bench(name: str, package: Any, rounds: int) -> None:
-    _, scan, least = networks.NETWORKS[name]
+    make, channels, scan, least = NETWORKS[name]
     scene = scenes.synthetic(scan)
-    z, y, x = (max(pair) for pair in zip(scene.spatial_shape, least, strict=True))
-    scene = dataclasses.replace(scene, spatial_shape=(z, y, x))
+    shape = tuple(max(pair) for pair in zip(scene.spatial_shape, least, strict=True))
+    # spconv's CPU code refuses a bias in eval mode.
+    options = {"block_bias": False} if make is models.VoxelResBackBone8x else {}
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    first = next(m for m in model.modules() if isinstance(m, nn.SparseConvolution))
-    features = torch.randn(scene.coords.shape[0], first.in_channels)
-    cells = SparseTensor(features, scene.coords, scene.spatial_shape, 1)
+    model = make(channels, **options).eval()
+    features = torch.randn(scene.coords.shape[0], channels)
+    cells = SparseTensor(features, scene.coords, shape, 1)
     prepared = nn.with_maps(model, cells)
     runs: dict[str, harness.Run] = {
         "float_with_rulebooks": lambda: model(cells),
@@ -47,8 +39,7 @@ def bench(name: str, package: Any, rounds: int) -> None:
             theirs = to_spconv_modules(model, package)
 
             def run_theirs() -> Any:
-                shape = list(scene.spatial_shape)
-                return theirs(package.SparseConvTensor(features, scene.coords, shape, 1))
+                return theirs(package.SparseConvTensor(features, scene.coords, list(shape), 1))
 
             row["difference"] = compare(model(cells), run_theirs())
             runs["spconv"] = run_theirs
@@ -80,7 +71,7 @@ def _by_key(x: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(MODELS), help="networks")
+    parser.add_argument("names", nargs="*", default=list(NETWORKS), help="networks")
     parser.add_argument("--quick", action="store_true", help="two rounds")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fquant.interception.stack import current, unseen
+from fquant.sparse.nn.convolution import SparseConvolution
 
 
 def fold_batch_norm(
@@ -41,7 +42,7 @@ def fold_batch_norm(
     folded = dict(params)
     for conv, norm in pairs.items():
         layer, bn = modules.get(conv), modules.get(norm)
-        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | SparseConvolution):
             raise ValueError(
                 f"fold_batch_norm: pairs must name convolutions or linear layers, got {conv!r}."
             )

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fquant.checks import require_same_device
 from fquant.records import QTensor
 from fquant.sparse.capture import gather_neighbors, window_max
 from fquant.sparse.conv import check_map, outputs
@@ -162,4 +163,5 @@ def _float_features(function: str, x: SparseTensor) -> Tensor:
             f"{function}: features must be a floating-point tensor, got QTensor. "
             "fquant.dequantize the record first."
         )
+    require_same_device(function, "coords", x.coords, x.features)
     return x.features

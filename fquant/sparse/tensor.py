@@ -106,9 +106,11 @@ class SparseTensor:
 
         Raises:
             TypeError: the features are quantized; `fquant.dequantize` the record first.
+            ValueError: features and coords are on two devices.
         """
         if isinstance(self.features, QTensor):
             raise TypeError("SparseTensor.to_dense: features must be a tensor, got QTensor.")
+        require_same_device("SparseTensor.to_dense", "coords", self.coords, self.features)
         cells = self.batch_size * math.prod(self.spatial_shape)
         keys = linear_keys(self.coords, self.spatial_shape)
         flat = self.features.new_zeros(cells, self.features.shape[1])

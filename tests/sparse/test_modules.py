@@ -10,6 +10,7 @@ import fquant as fq
 from fquant.sparse import (
     SparseTensor,
     add_features,
+    batch_norm,
     from_points,
     models,
     nn,
@@ -17,6 +18,7 @@ from fquant.sparse import (
     sparse_inverse_conv,
     subm_conv,
 )
+from fquant.sparse.capture import fast_kernel_serves
 
 
 def scene(channels, shape, density=0.3, seed=0, batch=2, dtype=torch.float32):
@@ -160,6 +162,46 @@ def test_points_beyond_the_limit_take_no_part():
     assert row.tolist() == [0, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_returns_what_torchs_module_becomes(training):
+    x = scene(3, (6, 6))
+    norm = torch.nn.BatchNorm1d(3, momentum=0.3, eps=1e-2).train(training)
+    norm.running_mean.normal_()
+    norm.weight.data.normal_()
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    y, new_mean, new_var = batch_norm(
+        x, mean, var, norm.weight, norm.bias, training=training, momentum=0.3, eps=1e-2
+    )
+    kept = mean.clone()
+    expected = norm(x.features)
+    assert torch.allclose(y.features, expected, atol=1e-6)
+    assert torch.allclose(new_mean, norm.running_mean, atol=1e-6)
+    assert torch.allclose(new_var, norm.running_var, atol=1e-6)
+    assert torch.equal(mean, kept)
+    assert torch.equal(new_mean, mean) != training
+    none = SparseTensor(x.features[:0], x.coords[:0], x.spatial_shape, x.batch_size)
+    y, unchanged, _ = batch_norm(none, mean, var, training=training)
+    assert torch.equal(unchanged, mean)
+    assert y.features.shape == (0, 3)
+
+
+def test_the_inference_op_serves_only_where_no_derivative_can_be_asked_for():
+    features = torch.ones(1, 1)
+    assert not fast_kernel_serves(features)
+    with torch.no_grad():
+        assert fast_kernel_serves(features)
+        assert not fast_kernel_serves(features.double())
+        assert not fast_kernel_serves(features.to("meta"))
+        inside = []
+        torch.vmap(lambda f: (inside.append(fast_kernel_serves(f)), f)[1])(features)
+        torch.func.jvp(
+            lambda f: (inside.append(fast_kernel_serves(f)), f)[1], (features,), (features,)
+        )
+        with torch.autograd.forward_ad.dual_level():
+            inside.append(fast_kernel_serves(features))
+        assert inside == [False] * 3
+
+
 def test_sequential_hands_on_records_and_features():
     x = scene(3, (6, 6))
     layers = nn.SparseSequential(
@@ -216,6 +258,12 @@ def with_wrong_map():
             lambda: fq.make_plan(nn.SubMConv2d(2, 2, 3), fq.w8a8(), (X,)),
             ValueError,
             "x.maps must have 'subm k3' where values cannot be read.*with_maps",
+        ),
+        (lambda: batch_norm(X.features, X, X), TypeError, "batch_norm: x must be a SparseTensor"),
+        (
+            lambda: batch_norm(X, torch.ones(3), torch.ones(2)),
+            ValueError,
+            r"running_mean must have shape \(2,\)",
         ),
         (lambda: models.MinkUNet(widths=(4, 4)), ValueError, "odd number of at least three"),
         (lambda: add_features(X, OTHER), ValueError, "same cells in the same order"),
