@@ -109,6 +109,7 @@ def test_padded_rows_change_nothing(extra, seed, density):
     y = sparse_conv(x, weight, kernel_map=kernel_map)
     padded = sparse_conv(wide, weight, kernel_map=wide_map)
     assert padded.features.shape[0] == outputs + extra
+    assert not padded.features[outputs:].any()
     assert torch.equal(without_padding(padded).features, y.features)
     assert torch.equal(without_padding(padded).coords, y.coords)
     assert valid_count(padded) == outputs
