@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(RUN) $(BIN)/fquant demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(RUN) $(BIN)/python -m pytest $(ARGS)
+	$(RUN) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from fquant.records import QTensor, lifts_to_features
 from fquant.rounding import uniform_noise
 from fquant.scale_rules import SCALE_BITS, step_of
 from fquant.spec import INT8, QuantSpec
-from fquant.straight_through import straight_through
+from fquant.straight_through import clipped_straight_through
 
 
 def compute_amax(
@@ -278,7 +278,7 @@ def fake_quantize(
 
     if noise is None and eager_fake_quantize.applies_to(x, step):
         return eager_fake_quantize.fake_quantize_eager(wide, grid_of, low, high).to(x.dtype)
-    return straight_through(grid_of(wide.detach()), wide.clamp(low, high)).to(x.dtype)
+    return clipped_straight_through(wide, grid_of(wide.detach()), low, high).to(x.dtype)
 
 
 def _levels(

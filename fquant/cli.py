@@ -1,4 +1,8 @@
-"""The command line: `fquant demo` and `fquant doctor`."""
+"""The command line: `fquant demo`, `doctor`, `inspect` and `quantize`.
+
+Every command ends with 0 when it did its work, 2 when it was called wrongly or its recipe is not right,
+and 1 when something is missing or failed; what was wrong is on standard error.
+"""
 
 import argparse
 import importlib.util
@@ -8,8 +12,10 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0 when it did its work, 1 when something is missing or wrong."""
-    parser = argparse.ArgumentParser(prog="fquant", description=__doc__)
+    """Runs one command; returns its exit code (see the module)."""
+    parser = argparse.ArgumentParser(
+        prog="fquant", description="Quantization as pure functions for PyTorch."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo", help="train, calibrate, fine-tune and run in int8 a sparse network on real digits"
@@ -25,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--seconds", type=float, default=5.0, help="of testing (default 5)")
     doctor.set_defaults(run=_doctor)
+    inspect = commands.add_parser(
+        "inspect", help="say what a file holds: saved trees, network cards, programs, ONNX models"
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE", help=".safetensors, .pt2 or .onnx")
+    inspect.set_defaults(run=_inspect)
+    quantize = commands.add_parser(
+        "quantize", help="plan, calibrate and export a model as a recipe in YAML says"
+    )
+    quantize.add_argument("recipe", type=Path, metavar="RECIPE", help="see fquant.commands.recipe")
+    quantize.add_argument("--no-progress", action="store_true", help="no progress bars")
+    quantize.set_defaults(run=_quantize)
     options = parser.parse_args(arguments)
     return int(options.run(options))
 
@@ -64,3 +81,34 @@ def _doctor(options: argparse.Namespace) -> int:
         verdict = "equal" if check.failure is None else f"WRONG, {check.failure}"
         print(f"{check.backend}: {check.cases} cases, {verdict}")
     return 0 if all(check.failure is None for check in checks) else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from fquant.commands.inspect import inspect_file
+
+    try:
+        inspect_file(options.file)
+    except FileNotFoundError as error:
+        return _failed("inspect", error, 2)
+    except (ValueError, ImportError, OSError) as error:
+        return _failed("inspect", error, 1)
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from fquant.commands.quantize import quantize_model
+    from fquant.commands.recipe import RecipeError, read_recipe
+
+    try:
+        recipe = read_recipe(options.recipe)
+        quantize_model(recipe, False if options.no_progress else None)
+    except RecipeError as error:
+        return _failed("quantize", error, 2)
+    except Exception as error:  # a model or data of the user's may raise anything
+        return _failed("quantize", error, 1)
+    return 0
+
+
+def _failed(command: str, error: Exception, code: int) -> int:
+    print(f"fquant {command}: {type(error).__name__}: {error}", file=sys.stderr)
+    return code

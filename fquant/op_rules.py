@@ -122,7 +122,7 @@ class Quantizer:
         return replace(self, spec=spec, observer=observer, groups=groups)
 
 
-Choice = Quantizer | None
+Choice = Quantizer | Format | None
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,10 @@ class OpRule:
             values = (value,) if isinstance(value, str | type) else tuple(value)
             object.__setattr__(self, name, tuple(map(_class_name, values)))
 
+    def quantizer(self, kind: str) -> Quantizer | None:
+        """Returns how "weight", "inputs" or "output" is quantized; a spec has become a Quantizer."""
+        return cast(Quantizer | None, getattr(self, kind))
+
     def matches(self, path: str, classes: Sequence[type], op: str, opt_in: bool) -> bool:
         """Whether the rule is about an operation in a module at `path`, inside modules of `classes`."""
         if self.ops and op not in self.ops:
@@ -210,12 +214,12 @@ def w4a8(dynamic: bool = False) -> list[OpRule]:
 
 def w8() -> list[OpRule]:
     """Returns rules for 8-bit weights per channel; activations stay in floating point."""
-    return [OpRule(weight=QuantSpec(8, narrow_range=True))]  # type: ignore[arg-type]
+    return [OpRule(weight=QuantSpec(8, narrow_range=True))]
 
 
 def w4() -> list[OpRule]:
     """Returns rules for 4-bit weights per channel; activations stay in floating point."""
-    return [OpRule(weight=QuantSpec(4, narrow_range=True))]  # type: ignore[arg-type]
+    return [OpRule(weight=QuantSpec(4, narrow_range=True))]
 
 
 def fp8(dynamic: bool = False) -> list[OpRule]:

@@ -140,10 +140,9 @@ class _Planner(Interpreter):
         self.name = name
         site, rule = self._begin(name, op)
         operands = [self._operand(op, slot, slot.read(call), call, rule) for slot in op.slots]
-        if rule is not None and rule.output is not None:
-            operands.append(
-                Operand("output", (), None, rule.output.at(*_output_layout(op, operands)))
-            )
+        output = None if rule is None else rule.quantizer("output")
+        if output is not None:
+            operands.append(Operand("output", (), None, output.at(*_output_layout(op, operands))))
         kept = tuple(o for o in operands if o is not None)
         if kept:
             self._add(replace(site, operands=kept))
@@ -183,7 +182,7 @@ class _Planner(Interpreter):
             return None
         name = self.names.get(id(x))
         weight = slot.kind == "weight" or (name is not None and op.name in _PRODUCTS)
-        choice = None if rule is None else rule.weight if weight else rule.inputs
+        choice = None if rule is None else rule.quantizer("weight" if weight else "inputs")
         quantizer = None if choice is None else choice.at(slot.layout(call), values.ndim)
         return Operand(slot.role, tuple(map(int, values.shape)), name, quantizer)
 

@@ -189,6 +189,7 @@ def test_pattern(pattern):
         return forward(p, qstate, x).square().sum()
 
     assert all(bool(g.isfinite().all()) for g in torch.func.grad(loss)(params).values())
-    torch._dynamo.reset()
-    compiled = torch.compile(forward, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(params, qstate, x), y, rtol=0, atol=1e-5)
+    if pattern in (Swin, CodeGen):  # rolls and masks, rotations and `where`
+        torch._dynamo.reset()
+        compiled = torch.compile(forward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(params, qstate, x), y, rtol=0, atol=1e-5)

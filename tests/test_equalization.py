@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
@@ -51,6 +51,7 @@ def channel_products(name, plan, qstate, inputs):
     return per_output.reshape(len(scale_w), -1) * scale_w
 
 
+@settings(max_examples=40)  # each plans, calibrates and runs a layer
 @given(strength=st.floats(0, 1), name=st.sampled_from(sorted(LAYERS)), seed=st.integers(0, 9))
 def test_products_no_longer_depend_on_the_channel(strength, name, seed):
     _, params, _, plan, qstate = prepared(name, seed)
@@ -60,6 +61,7 @@ def test_products_no_longer_depend_on_the_channel(strength, name, seed):
     torch.testing.assert_close(products, products[:, :1].expand_as(products), rtol=1e-5, atol=0)
 
 
+@settings(max_examples=40)
 @given(strength=st.floats(0, 1), name=st.sampled_from(sorted(LAYERS)))
 def test_values_are_those_of_the_divided_input_and_the_multiplied_weight(strength, name):
     model, params, x, plan, qstate = prepared(name)
@@ -137,6 +139,7 @@ def test_equalize_names_what_is_wrong():
         fq.equalize(plan, dict(transposed.named_parameters()), {})
 
 
+@settings(max_examples=20)  # of 20 combinations
 @given(seed=st.integers(0, 9), middle=st.sampled_from(["dense", "depthwise"]))
 def test_layers_are_equalized_and_compute_the_same(seed, middle):
     generator = torch.Generator().manual_seed(seed)

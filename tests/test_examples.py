@@ -1,4 +1,4 @@
-"""The examples of docs/examples run, and show what they say."""
+"""The examples of dense networks run, and show what they say."""
 
 import importlib
 import json
@@ -9,58 +9,70 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sklearn")
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.delenv("FQUANT_DATA", raising=False)  # the digits of scikit-learn
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module
+def example(name):
+    return importlib.import_module(f"fquant.examples.{name}")
 
 
-def test_cnn(example):
+def test_cnn():
     percent = example("cnn").main(steps=80)
-    assert percent["float"] > 90
+    assert percent["float"] > 75
     assert percent["calibrated"] < percent["float"] - 1  # 3 bits cost something
-    assert percent["fine-tuned"] > percent["calibrated"] + 1
+    assert percent["fine-tuned"] > percent["calibrated"] + 5
 
 
-def test_transformer(example):
+def test_transformer():
     results = example("transformer").main(steps=80)
-    assert results["float"] > 75
+    assert results["float"] > 60
     assert results["calibrated"] > results["float"] - 2
     assert results["quantizers"] == 2 * (2 + 3 + 2 + 2 + 2)  # attention: two products of three
 
 
-def test_lstm(example):
-    percent = example("lstm").main(steps=100)
-    assert percent["float"] > 75
-    assert min(percent["static"], percent["dynamic"]) > percent["float"] - 2
+def test_lstm():
+    percent = example("lstm").main(steps=150)
+    assert percent["float"] > 50  # both kinds of digits, in few steps
+    assert min(percent["static"], percent["dynamic"]) > percent["float"] - 3
 
 
-def test_ensemble_of_settings(example):
+def test_ensemble_of_settings():
     percent = example("ensemble").main(steps=80)
     assert len(set(percent.values())) > 2  # the settings differ
-    assert min(percent.values()) > 70
+    assert min(percent.values()) > 65
 
 
-def test_per_sample_gradients(example):
+def test_per_sample_gradients():
     norms = example("per_sample_gradients").main(size=16)
     assert 0 < norms["smallest"] < norms["largest"]
     assert norms["clipped mean"] <= 1.0
     assert norms["mean against batch"] < 1e-6
 
 
-def test_two_processes_are_one(example, tmp_path):
-    script = str(EXAMPLES / "distributed.py")
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes print that torchrun started."""
+    script = str(Path(__file__).parent / "two_processes.py")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run([*run, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert two.returncode == 0, two.stderr[-2000:]
-    two_ranks, one = json.loads(two.stdout), example("distributed").main()
-    losses, one_losses = two_ranks.pop("losses"), one.pop("losses")
-    assert two_ranks == one  # every scale, to the last bit
+    done = subprocess.run(
+        [*run, script],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path_factory.mktemp("two"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_processes_are_one(two_processes):
+    two, one = dict(two_processes["example"]), example("distributed").main()
+    losses, one_losses = two.pop("losses"), one.pop("losses")
+    assert two == one  # every scale, to the last bit
     assert len(losses) == 20
     # Gradients of two halves are summed in another order.
     assert losses == pytest.approx(one_losses, rel=1e-4)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_a_fake_quantized_module_is_one_unit_of_fsdp2(two_processes):
+    assert two_processes["fsdp2"] < 1e-6

@@ -338,3 +338,22 @@ def test_operations_that_write_their_input_are_named():
     for fake in (True, False):
         with pytest.raises(ValueError, match=r"site '0/embedding#0': .*write its weight in place"):
             fq.make_plan(renormed, fq.w8(), (torch.tensor([1]),), fake=fake)
+
+
+def test_trees_go_in_and_come_out():
+    def tree(m, batch, scale=None):
+        h = {"hidden": m.a(batch["x"][0]) * scale["by"]}
+        return [h, (m.b(h["hidden"]), batch["tokens"])]
+
+    model = Net(tree, a=nn.Linear(2, 3), b=nn.Linear(3, 1))
+    x, tokens = torch.randn(4, 2), torch.arange(4)
+    args, kwargs = ({"x": [x], "tokens": tokens},), {"scale": {"by": torch.tensor(2.0)}}
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    plan = fq.make_plan(model, fq.w8a8(), args, kwargs)
+    assert [s.name for s in plan.sites] == ["a/linear#0", "b/linear#0"]
+    exact, stats = fq.observe(model, plan)(params, fq.init_stats(plan), *args, **kwargs)
+    y = fq.fake_quant(model, plan)(params, fq.finalize(plan, stats), *args, **kwargs)
+    leaves, structure = torch.utils._pytree.tree_flatten(y)
+    assert structure == torch.utils._pytree.tree_structure(exact)
+    assert leaves[2] is tokens
+    assert torch.allclose(leaves[0], model(*args, **kwargs)[0]["hidden"], atol=0.1)

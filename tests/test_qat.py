@@ -119,6 +119,17 @@ def test_scales_are_observed_again_but_for_the_learned():
     assert torch.allclose(again["0/linear#0.weight"], 3 * qstate["0/linear#0.weight"])
 
 
+def test_a_learned_scale_keeps_its_zero_point():
+    x = torch.tensor([[1.0, 9.0]])
+    rules = [fq.OpRule(inputs=fq.Quantizer(symmetric=False, learn=True))]
+    plan = fq.make_plan(nn.Linear(2, 1), rules, (x,))
+    name = "linear#0.input"
+    qstate = {name: torch.tensor(0.5), f"{name}.zero_point": torch.tensor(7.0)}
+    params = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    stats = fq.calibrate_model(nn.Linear(2, 1), plan, params, [x], progress=False)
+    assert fq.refreshed(plan, qstate, stats) == qstate
+
+
 def test_dynamic_ranges_need_no_calibration():
     model, x, params, *_ = prepared()
     plan = fq.make_plan(model, fq.w8a8(dynamic=True), (x,))

@@ -9,10 +9,14 @@ kernels    the lines that come with fquant; epilogue works out their constants
 lowering   program -> program with integer layers; report says what became of each
 onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
+decomposed torch's own quantized_decomposed nodes, for tools that want them
+integers   what a program computes at each quantizer
 """
 
+from fquant.graph.decomposed import to_quantized_decomposed
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
+from fquant.graph.integers import site_integers
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.lowering import Lowered, lower
 from fquant.graph.onnx import to_onnx
@@ -52,6 +56,8 @@ __all__ = [
     "lower",
     "prepack",
     "quantization_of",
+    "site_integers",
     "store_integers",
     "to_onnx",
+    "to_quantized_decomposed",
 ]

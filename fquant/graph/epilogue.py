@@ -34,14 +34,20 @@ def epilogue_of(
 ) -> Epilogue:
     """Returns the epilogue of a convolution or product of x and weight.
 
+    Args:
+        editor: the program.
+        pattern: the layer.
+        x: its integer input.
+        weight: its weight, output channels first.
+        bias: its bias, if any.
+
     Raises:
         NotLowered: the bias is computed at run time.
     """
     if not editor.constant(bias):
         raise NotLowered("its bias is computed at run time")
-    channels = weight.q.shape[0]
     step = editor.value(x.scale).float().reshape(()) * weight.scale
-    step = step.expand(channels)
+    step = step.expand(weight.q.shape[0])
     offset: Tensor | None = editor.value(bias)
     if pattern.norm is not None:
         step, offset = _with_norm(editor, pattern.norm, step, offset)

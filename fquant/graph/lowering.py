@@ -80,9 +80,10 @@ def lower(
     _mark_edges(editor, edges or {})
     tidy(editor)
     layers: list[LayerReport] = []
+    done: set[Node] = set()
     for node in list(editor.graph.nodes):
-        if node.op == "call_function" and not qdq_ops.is_dequantize(node) and not is_quantize(node):
-            report = _lower_node(editor, node, table)
+        if node.op == "call_function" and node not in done and not is_quantize(node):
+            report = _lower_node(editor, node, table, done)
             if report is not None:
                 layers.append(report)
     lowered = editor.finish()
@@ -94,11 +95,16 @@ def lower(
     return Lowered(lowered, LoweringReport(tuple(layers), tuple(dict.fromkeys(left))))
 
 
-def _lower_node(editor: Editor, node: Node, table: Sequence[Lowering]) -> LayerReport | None:
-    """Lowers one operation if a line of the table can; returns what became of it."""
+def _lower_node(
+    editor: Editor, node: Node, table: Sequence[Lowering], done: set[Node]
+) -> LayerReport | None:
+    """Lowers one operation if a line of the table can; returns what became of it.
+
+    Nodes that became part of it are added to `done`.
+    """
     entries = [entry for entry in table if node.target in entry.match]
     inputs = quantized_inputs(node)
-    if not inputs or editor.constant(node):
+    if not inputs or editor.constant(node) or qdq_ops.is_dequantize(node):
         return None
     operands = operands_of(editor, node)
     site = quantization_of(inputs[0]).name.rpartition(".")[0]
@@ -117,7 +123,13 @@ def _lower_node(editor: Editor, node: Node, table: Sequence[Lowering]) -> LayerR
         except NotLowered as reason:
             reasons.append(str(reason))
             continue
-        editor.replace(pattern.last if pattern.quantize is None else pattern.quantize, new)
+        done.update(pattern.nodes)
+        if pattern.quantize is None:
+            editor.replace(pattern.last, new)
+        else:
+            name = quantization_of(pattern.quantize).name
+            new.meta["quantizer"] = pattern.quantize.meta.get("quantizer", name)
+            editor.replace(pattern.quantize, new)
         return LayerReport(
             site, "+".join(pattern.steps), entry.kernel, (*operands, *results), why_float
         )

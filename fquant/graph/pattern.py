@@ -41,6 +41,7 @@ class Pattern:
         last: the last float node, which the integer op replaces.
         quantize: the Q node that is its only user; None if the result is used as floats.
         steps: the names of the operations, for the report.
+        nodes: the float nodes that the integer op makes superfluous.
     """
 
     anchor: Node
@@ -50,6 +51,7 @@ class Pattern:
     last: Any = None
     quantize: Node | None = None
     steps: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Integers(NamedTuple):
 def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Pattern:
     """Returns the longest pattern from an operation on, through nodes with a single user."""
     norm = residual = activation = None
-    last, steps = anchor, [_name(anchor)]
+    last, steps, nodes = anchor, [_name(anchor)], [anchor]
     while True:
         user = next(iter(last.users)) if len(last.users) == 1 else None
         if user is None:
@@ -112,14 +114,16 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
         elif user.target in ACTIVATIONS and ACTIVATION_STEP in absorbs and user.args[0] is last:
             activation, last = _bounds(user), user
             steps.append(_name(user))
+            nodes.append(last)
             break
         else:
             break
+        nodes.append(last)
     users = list(last.users)
     quantize = users[0] if len(users) == 1 and qdq_ops.is_quantize(users[0]) else None
     if quantize is not None and (quantize.meta.get("keep") or why_not_int8(editor, quantize)):
         quantize = None
-    return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps))
+    return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps), tuple(nodes))
 
 
 def why_not_int8(editor: Editor, node: Node) -> str:
@@ -157,13 +161,13 @@ def integer_input(editor: Editor, node: Any) -> Quantization:
     return quantization_of(node)
 
 
-def integer_weight(editor: Editor, node: Any) -> Integers:
-    """Returns a constant weight in int8 with a step per output channel, its first axis.
+def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
+    """Returns a constant weight in int8 with a step per output channel, which `axis` counts.
 
     Raises:
         NotLowered: it is not quantized so.
     """
-    shape = node.meta["val"].shape
+    shape = node.meta["val"].shape if isinstance(node, Node) else ()
     while isinstance(node, Node) and node.target in (aten.view.default, aten.reshape.default):
         node = node.args[0]
     if not is_dequantize(node) or not editor.constant(node):
@@ -174,7 +178,7 @@ def integer_weight(editor: Editor, node: Any) -> Integers:
     if w.zero_point is not None or node.meta.get("keep"):
         raise NotLowered(f"{w.name} has a zero point, or is an edge that is kept")
     scale = editor.value(w.scale).float()
-    if scale.numel() not in (1, shape[0]) or (scale.numel() > 1 and scale.shape[0] != shape[0]):
+    if scale.numel() != 1 and not scale.numel() == scale.shape[axis] == shape[axis]:
         raise NotLowered(
             f"{w.name} has a scale per {qdq_ops.granularity_of(*_shapes(w))}, not per output channel"
         )

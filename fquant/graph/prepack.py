@@ -12,6 +12,7 @@ import fquant_kernels
 from fquant.graph import int8_ops
 from fquant.graph.editor import Editor
 
+_DENSE = (int8_ops.linear_int8, int8_ops.conv_int8, int8_ops.conv_transpose_int8)
 _SPARSE = torch.ops.fquant.sparse_conv_int8.default
 
 
@@ -30,7 +31,7 @@ def prepack(program: ExportedProgram, isa: str | None = None) -> ExportedProgram
         RuntimeError: this processor lacks it, or the compiled kernels are missing.
     """
     editor = Editor(program)
-    for node in editor.nodes(int8_ops.linear_int8, int8_ops.conv_int8, _SPARSE):
+    for node in editor.nodes(*_DENSE, _SPARSE):
         _pack(editor, node, isa)
     return editor.finish()
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from fquant.graph import qdq_ops
+from fquant.graph import int8_ops, qdq_ops
 from fquant.graph.editor import Editor
 from fquant.graph.qdq_ops import is_dequantize, quantization_of
 
@@ -38,12 +38,8 @@ RESHAPES = (
     aten.t.default,
     aten.clone.default,
 )
-POOLS = (
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
-    torch.ops.fquant.sparse_max_pool.default,
-)
+DENSE_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+POOLS = (*DENSE_POOLS, torch.ops.fquant.sparse_max_pool.default)
 PARTS = (aten.slice.Tensor, aten.select.int, aten.expand.default, aten.index_select.default)
 HOISTED = (*RESHAPES, *POOLS, CAT)
 SUNK = (*RESHAPES, *POOLS, *PARTS, CAT)
@@ -108,12 +104,18 @@ def hoist_quantize(editor: Editor) -> bool:
         source: Any = node.args[0]
         if not _movable(editor, node) or source.target not in HOISTED or len(source.users) != 1:
             continue
+        if _rounds_up(source):
+            continue
         rest = node.args[1:]
 
         def quantized(x: Node, source: Node = source, rest: Any = rest) -> Node:
-            return editor.call(qdq_ops.quantize, x, *rest, before=source)
+            q = editor.call(qdq_ops.quantize, x, *rest, before=source)
+            q.meta["quantizer"] = ""  # the site's integers are those after the move
+            return q
 
-        editor.replace(node, _moved(editor, source, quantized, before=source))
+        moved = _moved(editor, source, quantized, before=source)
+        moved.meta["quantizer"] = node.meta.get("quantizer", quantization_of(node).name)
+        editor.replace(node, moved)
         editor.graph.erase_node(node)
         editor.graph.erase_node(source)
         changed = True
@@ -124,7 +126,7 @@ def sink_dequantize(editor: Editor) -> None:
     """Puts DQ after what moves elements."""
     for move in editor.nodes(*SUNK):
         inputs = _tensors(move)
-        if not all(is_dequantize(x) and _movable(editor, x) for x in inputs):
+        if _rounds_up(move) or not all(is_dequantize(x) and _movable(editor, x) for x in inputs):
             continue
         first = inputs[0]
         if editor.constant(first) or not all(same_grid(editor, first, x) for x in inputs[1:]):
@@ -151,13 +153,36 @@ def _movable(editor: Editor, node: Node) -> bool:
     return static and x.zero_point is None and not node.meta.get("keep")
 
 
+def per_axis(value: Any, axes: int) -> list[int]:
+    """Returns one int per axis of what torch takes: an int, or a list of one or of all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _rounds_up(move: Node) -> bool:
+    """Whether it is a pool in ceil mode, which has no form for integers here."""
+    return move.target in DENSE_POOLS and len(move.args) > 5 and bool(move.args[5])
+
+
 def _tensors(move: Node) -> Sequence[Node]:
     """What a moving node moves: the first argument, or the list of a concatenation."""
     return list(move.args[0]) if move.target is CAT else [move.args[0]]  # type: ignore[arg-type,list-item]
 
 
 def _moved(editor: Editor, move: Node, change: Callable[[Node], Node], before: Node) -> Node:
-    """Returns the same move of changed tensors."""
+    """Returns the same move of changed tensors; integers are pooled by an op of their own."""
     first: Any = move.args[0]
+    if move.target in DENSE_POOLS:
+        axes = int(move.target._opname[-2])
+        x = change(first)
+        if x.meta["val"].is_floating_point():
+            return editor.call(move.target, x, *move.args[1:], before=before)
+        kernel = per_axis(move.args[1], axes)
+        defaults = (kernel, [0] * axes, [1] * axes)
+        given = [per_axis(value, axes) for value in move.args[2:5]]
+        geometry = [value or default for value, default in zip(given, defaults, strict=False)]
+        return editor.call(
+            int8_ops.max_pool_int8, x, kernel, *geometry, *defaults[len(geometry) :], before=before
+        )
     new = map_arg(first, change) if move.target is CAT else change(first)
     return editor.call(move.target, new, *move.args[1:], before=before)

@@ -124,6 +124,29 @@ class SparseTensor:
         shape, batch_size = self.spatial_shape, self.batch_size
         return SparseTensor(features, self.coords, shape, batch_size, self.maps, self.cells)
 
+    def __add__(self, other: SparseTensor | Tensor) -> SparseTensor:
+        """Returns `add_features(self, other)`, or the record with a tensor added to its features."""
+        from fquant.sparse.combine import add_features  # which needs this module
+
+        if isinstance(other, SparseTensor):
+            return add_features(self, other)
+        return self.with_features(self.features + other)  # type: ignore[operator]  # or QTensor
+
+    # spconv's names, so that forwards written for its tensors run on these.
+
+    @property
+    def indices(self) -> Tensor:
+        """The coords."""
+        return self.coords
+
+    def replace_feature(self, features: Tensor) -> SparseTensor:
+        """Returns `with_features(features)`."""
+        return self.with_features(features)
+
+    def dense(self) -> Tensor:
+        """Returns `to_dense()`."""
+        return self.to_dense()
+
 
 def check_coords(
     function: str, coords: Tensor, spatial_shape: tuple[int, ...], batch_size: int

@@ -1,5 +1,6 @@
 """Dense oracles: the same operation on the densified tensor, by torch's own operators."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def conv_dense(
         reads = [step * stride[0] - padding[0] + k * dilation[0] for k in range(kernel.shape[2])]
         parts = [
             F.conv3d(
-                dense[:, :, row] if 0 <= row < first else torch.zeros_like(dense[:, :, 0]),
+                dense[:, :, row] if 0 <= row < first else dense[:, :, 0] * 0.0,
                 kernel[:, :, k],
                 None,
                 tuple(stride[1:]),
@@ -51,3 +52,44 @@ def conv_dense(
 def read_cells(dense: Tensor, cells: SparseTensor) -> Tensor:
     """Returns the rows `(N, C)` of a dense `(B, C, *spatial)` at the cells of a sparse tensor."""
     return dense.movedim(1, -1)[tuple(cells.coords.long().T)]
+
+
+def conv_transpose_dense(
+    dense: Tensor,
+    weight: Tensor,
+    out_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Returns the transposed convolution of `(B, Cin, *spatial)` with a KRSC weight, 1 to 4 axes.
+
+    By its definition: the gradient of the convolution, from a grid of `out_shape`, with respect to its
+    input. Differentiable in turn.
+    """
+    target = dense.new_zeros(dense.shape[0], weight.shape[0], *out_shape, requires_grad=True)
+    y = conv_dense(target, weight.transpose(0, -1), None, stride, padding, dilation)
+    return torch.autograd.grad(y, target, dense, create_graph=True)[0]
+
+
+def windows_dense(
+    dense: Tensor,
+    out_shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    fill: float,
+) -> Tensor:
+    """Returns `(K, B, C, *out_shape)`: what each window of a pooling holds, `fill` beyond the grid."""
+    pad = [p for border in reversed(padding) for p in (border, border)]
+    padded = F.pad(dense, pad, value=fill)
+    taps = []
+    for offset in itertools.product(*map(range, kernel_size)):
+        tap = padded
+        for axis, k in enumerate(offset):
+            first = k * dilation[axis]
+            reach = first + (out_shape[axis] - 1) * stride[axis] + 1
+            tap = tap[(slice(None),) * (axis + 2) + (slice(first, reach, stride[axis]),)]
+        taps.append(tap)
+    return torch.stack(taps)

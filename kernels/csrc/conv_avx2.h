@@ -1,29 +1,64 @@
 // What the two 256-bit paths share. Included inside their anonymous namespaces.
 
-inline int64_t compact(const int32_t* table, int64_t rows, int64_t inputs, int32_t* index,
-                       uint8_t* row, bool* in_range) {
-  int64_t count = 0;
-  for (int64_t r = 0; r < rows; r += 8) {
-    const int64_t left = rows - r;
-    __m256i entry;
-    if (left >= 8) {
-      entry = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table + r));
-    } else {
-      alignas(32) int32_t last[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
-      __builtin_memcpy(last, table + r, left * sizeof(int32_t));
-      entry = _mm256_load_si256(reinterpret_cast<const __m256i*>(last));
-    }
-    unsigned present = ~_mm256_movemask_ps(_mm256_castsi256_ps(entry)) & 0xff;
-    for (; present != 0; present &= present - 1) {
-      const int64_t at = r + __builtin_ctz(present);
-      if (table[at] >= inputs) {
-        *in_range = false;
-        continue;
-      }
-      index[count] = table[at];
-      row[count++] = static_cast<uint8_t>(at);
+// For each mask of eight lanes, the lanes it has, lowest first, one byte each.
+struct LaneLists {
+  uint64_t of[256];
+};
+constexpr LaneLists make_lane_lists() {
+  LaneLists lists{};
+  for (int mask = 0; mask < 256; ++mask) {
+    for (int lane = 7; lane >= 0; --lane) {
+      if ((mask >> lane & 1) != 0) lists.of[mask] = lists.of[mask] << 8 | static_cast<uint64_t>(lane);
     }
   }
+  return lists;
+}
+constexpr LaneLists kLanesOf = make_lane_lists();
+
+// Eight entries of a table's row; -1 past the end of it.
+inline __m256i load_entries(const int32_t* table, int64_t left) {
+  if (left >= 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  alignas(32) int32_t last[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  __builtin_memcpy(last, table, left * sizeof(int32_t));
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(last));
+}
+
+inline unsigned present_lanes(__m256i entry) {
+  return ~_mm256_movemask_ps(_mm256_castsi256_ps(entry)) & 0xff;
+}
+
+inline __m128i lanes_of(unsigned mask) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kLanesOf.of[mask]));
+}
+
+// The lanes of the mask first.
+inline __m256i compress(__m256i entry, unsigned mask) {
+  return _mm256_permutevar8x32_epi32(entry, _mm256_cvtepu8_epi32(lanes_of(mask)));
+}
+
+inline bool all_below(__m256i entries, int64_t inputs) {
+  const int64_t most = INT32_MAX;
+  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(min64(inputs - 1, most)));
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi32(entries, last)) == 0;
+}
+
+// Appends the present entries of one tap to the list; returns how many. Whole vectors are stored.
+inline int64_t compact(const int32_t* table, int64_t rows, int64_t inputs, int32_t* index,
+                       uint8_t* row, bool* in_range) {
+  __m256i largest = _mm256_set1_epi32(-1);
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; r += 8) {
+    const __m256i entry = load_entries(table + r, rows - r);
+    _mm_prefetch(reinterpret_cast<const char*>(table + r) + kBlockRows * 4, _MM_HINT_T0);
+    largest = _mm256_max_epi32(largest, entry);
+    const unsigned present = present_lanes(entry);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count), compress(entry, present));
+    const __m128i first = _mm_set1_epi8(static_cast<char>(r));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(row + count),
+                     _mm_add_epi8(lanes_of(present), first));
+    count += __builtin_popcount(present);
+  }
+  if (!all_below(largest, inputs)) *in_range = false;
   return count;
 }
 
@@ -38,8 +73,8 @@ struct Float {
   static V relu(V a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }  // a NaN stays
   static V load_int8(const int8_t* p, int64_t count) {
     int8_t bytes[8] = {};
-    __builtin_memcpy(bytes, p, count);
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    if (count < 8) p = static_cast<int8_t*>(__builtin_memcpy(bytes, p, count));
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
   }
   static void store_int8(int8_t* p, V t, int64_t count) {
@@ -47,14 +82,17 @@ struct Float {
     const __m256i ints = _mm256_cvtps_epi32(t);
     const __m128i shorts =
         _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    const __m128i packed = _mm_packs_epi16(shorts, shorts);
+    if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), packed);
     int8_t bytes[8];
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packs_epi16(shorts, shorts));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), packed);
     __builtin_memcpy(p, bytes, count);
   }
   static void store_half(uint16_t* p, V t, int64_t count) {
+    const __m128i rounded = _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
+    if (count == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded);
     uint16_t half[8];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(half),
-                     _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half), rounded);
     __builtin_memcpy(p, half, count * sizeof(uint16_t));
   }
   static void store(float* p, V t, int64_t count) {

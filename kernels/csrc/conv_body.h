@@ -5,8 +5,8 @@
 // the copy compiled for AVX-512.
 //
 // Traits: Elem (feature), Weight, Acc, V, kLanes, kGroup, kTileVectors, kUnsigned (weights are
-// w + 128), kStage (rows must be widened), rows(vectors) = rows of a micro tile, load, store,
-// load_weight, broadcast, dot, stage_row, finish.
+// w + 128), kStage (rows must be widened, and are read where they are staged), rows(vectors) = rows
+// of a micro tile, load, store, load_weight, broadcast, dot, stage_row, finish.
 
 template <class T>
 struct Scratch {
@@ -52,84 +52,7 @@ int64_t scratch_bytes(const ConvArgs& a) {
   return carve<T>(a, 0, &s);
 }
 
-template <class T, int V, int M, bool FRESH>
-inline __attribute__((always_inline)) void micro_tile(
-    const typename T::Staged* features, int64_t stride, const int32_t* index, const uint8_t* row,
-    const typename T::Weight* weight, int64_t steps, typename T::Acc* acc, int64_t pitch) {
-  typename T::V sum[M][V];
-  const typename T::Staged* x[M];
-  typename T::Acc* out[M];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    x[m] = features + index[m] * stride;
-    out[m] = acc + row[m] * pitch;
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      sum[m][v] = FRESH ? T::zero() : T::load(out[m] + v * T::kLanes);
-    }
-  }
-  // Unrolled by 4: 583 to 647 GOP/s at C = 64. A loop of known length is slower: 377 to 319 at 32.
-#pragma GCC unroll 4
-  for (int64_t s = 0; s < steps; ++s) {
-    typename T::W w[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      w[v] = T::load_weight(weight + (s * V + v) * (T::kLanes * T::kGroup));
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const auto b = T::broadcast(x[m] + s * T::kGroup);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] = T::dot(sum[m][v], w[v], b);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) T::store(out[m] + v * T::kLanes, sum[m][v]);
-  }
-}
-
-template <class T, int V, int M, bool FRESH>
-inline __attribute__((always_inline)) void last_rows(
-    int64_t left, const typename T::Staged* features, int64_t stride, const int32_t* index,
-    const uint8_t* row, const typename T::Weight* weight, int64_t steps, typename T::Acc* acc,
-    int64_t pitch) {
-  if constexpr (M > 0) {
-    if (left == M) {
-      micro_tile<T, V, M, FRESH>(features, stride, index, row, weight, steps, acc, pitch);
-    } else {
-      last_rows<T, V, M - 1, FRESH>(left, features, stride, index, row, weight, steps, acc, pitch);
-    }
-  }
-}
-
-template <class T, int V, bool FRESH>
-void run_tile(int64_t pairs, const typename T::Staged* features, int64_t stride,
-              const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
-              int64_t steps, typename T::Acc* acc, int64_t pitch) {
-  constexpr int M = T::rows(V);
-  int64_t p = 0;
-  for (; p + M <= pairs; p += M) {
-    micro_tile<T, V, M, FRESH>(features, stride, index + p, row + p, weight, steps, acc, pitch);
-  }
-  last_rows<T, V, M - 1, FRESH>(pairs - p, features, stride, index + p, row + p, weight, steps,
-                                acc, pitch);
-}
-
-template <class T, bool FRESH, int V = T::kTileVectors>
-void run_vectors(int64_t vectors, int64_t pairs, const typename T::Staged* features, int64_t stride,
-                 const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
-                 int64_t steps, typename T::Acc* acc, int64_t pitch) {
-  if constexpr (V > 0) {
-    if (vectors == V) {
-      run_tile<T, V, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
-    } else {
-      run_vectors<T, FRESH, V - 1>(vectors, pairs, features, stride, index, row, weight, steps, acc,
-                            pitch);
-    }
-  }
-}
+#include "conv_micro.h"
 
 template <class T>
 bool list_pairs(const ConvArgs& a, const Scratch<T>& s, int64_t first, int64_t rows) {
@@ -225,92 +148,5 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
   return true;
 }
 
-// The int8 epilogue (D10) of one vector of channels, each operation rounded on its own.
-// F: the float operations of the ISA; sum(r): the exact sums of row r as floats.
-template <class F, bool BIAS, bool RESIDUAL, bool RELU, class Sum>
-inline void finish_rows(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t channel,
-                        int64_t at, int64_t count) {
-  const auto scale = F::load(a.scale + channel);
-  const auto bias = BIAS ? F::load(a.bias + channel) : scale;
-  const auto residual_scale = F::set(a.residual_scale);
-  for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
-    auto t = F::mul(sum(r), scale);
-    if (BIAS) t = F::add(t, bias);
-    if (RESIDUAL) t = F::add(t, F::mul(residual_scale, F::load_int8(a.residual + at, count)));
-    if (RELU) t = F::relu(t);
-    if (a.out_type == kOutInt8) {
-      F::store_int8(static_cast<int8_t*>(a.out) + at, t, count);
-    } else if (a.out_type == kOutHalf) {
-      F::store_half(static_cast<uint16_t*>(a.out) + at, t, count);
-    } else {
-      F::store(static_cast<float*>(a.out) + at, t, count);
-    }
-  }
-}
-
-template <class F, class Sum>
-inline void finish_int8(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t channel,
-                        int64_t at, int64_t count) {
-  const auto with_relu = [&](auto bias, auto residual) {
-    if (a.relu) {
-      finish_rows<F, bias.value, residual.value, true>(a, sum, rows, channel, at, count);
-    } else {
-      finish_rows<F, bias.value, residual.value, false>(a, sum, rows, channel, at, count);
-    }
-  };
-  const auto with_residual = [&](auto bias) {
-    if (a.residual != nullptr) {
-      with_relu(bias, std::true_type{});
-    } else {
-      with_relu(bias, std::false_type{});
-    }
-  };
-  if (a.bias != nullptr) {
-    with_residual(std::true_type{});
-  } else {
-    with_residual(std::false_type{});
-  }
-}
-
-// As many independent sums as a micro tile has, and no memory: what the instruction can do at most.
-template <class T>
-int64_t peak(int64_t rounds, int32_t* sink) {
-  constexpr int kSums = T::kTileVectors * T::rows(T::kTileVectors);
-  alignas(64) typename T::Acc lanes[T::kLanes] = {};
-  alignas(64) typename T::Weight ones[T::kLanes * T::kGroup];
-  for (auto& one : ones) one = 1;
-  alignas(64) typename T::Staged x[T::kGroup] = {};
-  typename T::V sum[kSums];
-#pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) {
-    lanes[0] = static_cast<typename T::Acc>(*sink + i);  // else equal sums become one
-    sum[i] = T::load(lanes);
-  }
-  const auto w = T::load_weight(ones);
-  const auto b = T::broadcast(x);
-  for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = T::dot(sum[i], w, b);
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) {
-    T::store(lanes, sum[i]);
-    for (int64_t lane = 0; lane < T::kLanes; ++lane) *sink += static_cast<int32_t>(lanes[lane]);
-  }
-  return rounds * kSums * T::kLanes * T::kGroup * 2;
-}
-
-template <class T>
-bool always(const ConvArgs&) {
-  return true;
-}
-
-template <class T>
-constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)) {
-  return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight), T::kUnsigned},
-                  scratch_bytes<T>,
-                  always<T>,
-                  row_sums,
-                  block<T>,
-                  peak<T>};
-}
+#include "conv_finish.h"
+#include "conv_path.h"

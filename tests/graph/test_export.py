@@ -143,9 +143,10 @@ def test_sparse_records_of_any_number_of_cells(tmp_path):
     unguarded = loaded.module(check_guards=False)  # torch's check of records stops Dynamo
     compiled = torch.compile(unguarded, fullgraph=True, backend="aot_eager", dynamic=True)
     for args in (scene(2, 0.3), scene(3, 0.8)):
-        expected = fq.fake_quant(*case[:2])(*case[2:], *args)
-        for run in (loaded.module(), compiled):
-            actual = run(*args)
+        with torch.no_grad():  # one kernel for float sums everywhere; else compiled sums differ in order
+            expected = fq.fake_quant(*case[:2])(*case[2:], *args)
+            results = [run(*args) for run in (loaded.module(), compiled)]
+        for actual in results:
             for name, record in expected.items():
                 assert torch.equal(actual[name].features, record.features)
                 assert torch.equal(actual[name].coords, record.coords)

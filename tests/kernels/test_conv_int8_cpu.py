@@ -57,7 +57,7 @@ def test_every_path_gives_the_bits_of_the_reference(isa: str, case: ConvCase) ->
 @each_isa
 @pytest.mark.parametrize("taps", [1, 8, 27, 31, 32])
 @pytest.mark.parametrize("num_channels", [16, 32])
-@pytest.mark.parametrize("num_out", [1, 15, 16, 17])
+@pytest.mark.parametrize("num_out", [1, 15, 16, 17, 48])
 def test_few_channels(isa: str, taps: int, num_channels: int, num_out: int) -> None:
     for num_rows in (1, 127, 129, 300):
         case = random_case(num_rows, num_channels, num_out, taps)

@@ -15,6 +15,15 @@ import pytest
 import torch
 
 import fquant as fq
+from fquant.serialization import (
+    CardLayer,
+    CardMap,
+    card_maps,
+    load_network_card,
+    network_card,
+    run_card,
+    save_network_card,
+)
 from fquant.sparse import (
     SparseTensor,
     conv_map,
@@ -164,11 +173,63 @@ def quantized_logits(layers, scale, x, maps):
     return run(layers, maps, fq.quantize(x, scale["input"]), conv, concat)[0]
 
 
+def card_of(layers, scale):
+    """The network as a card: what a file of it holds."""
+    weights, biases, maps, card, kept = {}, {}, [], [], {}
+    cells, name = "input", "input"
+    last = max(i for i, (step, _, _) in enumerate(layers) if step["op"] in ("subm", "conv", "inv"))
+    for i, (step, weight, bias) in enumerate(layers):
+        op = step["op"]
+        if op == "save":
+            kept[step["key"]] = (name, cells)
+            continue
+        below, name = name, step.get("name", f"{op}{i}")
+        if op == "cat":
+            card.append(CardLayer(name, op, (below, kept[step["key"]][0])))
+        elif op == "gap":
+            card.append(CardLayer(name, "global_avg_pool", (below,)))
+        elif op == "linear":
+            weights[name], biases[name] = weight, bias
+            card.append(CardLayer(name, op, (below,)))
+        else:
+            kernel = tuple(weight.shape[1:-1])
+            ones = (1,) * len(kernel)
+            if op == "subm":
+                one = CardMap(f"subm {cells} {kernel}", op, cells, kernel, dilation=ones)
+            elif op == "conv":
+                step_size, border = ((step[key],) * len(kernel) for key in ("s", "p"))
+                one = CardMap(name, op, cells, kernel, step_size, border, ones)
+                kept[f"map {step.get('key')}"] = one
+            else:
+                one = CardMap(name, "inverse", kept[f"map {step['key']}"].key)
+            maps += [one] * (one not in maps)
+            cells = cells if op == "subm" else one.key
+            weights[name] = fq.quantize_params({"w": weight}, {"w": WEIGHTS})["w"]
+            biases[name] = bias
+            card.append(CardLayer(name, "conv", (below,), one.key, relu=True))
+    floats = {layers[last][0]["name"]}
+    return network_card(
+        maps, card, weights, biases, {n: s for n, s in scale.items() if n not in floats}
+    )
+
+
+def check_card(name, layers, scale, x, expected, path):
+    """A card gives the same logits after a file, whose size is a quarter of the float file's."""
+    save_network_card(path, card_of(layers, scale))
+    card = load_network_card(path)
+    actual = run_card(card, x, card_maps(card, x))
+    actual = actual.features if isinstance(actual, SparseTensor) else actual
+    assert torch.equal(actual, expected)
+    share = path.stat().st_size / (DATA / "models" / f"{name}.safetensors").stat().st_size
+    print(f"network card: {share:.4f} of the float file's size")
+    assert share <= 0.27
+
+
 def mnist(images):
     return SparseTensor.from_dense(torch.from_numpy(images).float().unsqueeze(1) / 255)
 
 
-def test_digits_in_float_and_in_int8():
+def test_digits_in_float_and_in_int8(tmp_path):
     layers = load("sp2d_mnist_a")
     data = np.load(DATA / "mnist" / "mnist_open.npz")
     expected = np.load(DATA / "expected" / "sp2d_mnist_a_logits.npz")["logits"]
@@ -182,6 +243,7 @@ def test_digits_in_float_and_in_int8():
     train = mnist(data["train_x"][:256])
     scale = calibrated(layers, [(train, make_maps(layers, train))])
     integers = quantized_logits(layers, scale, x, maps)
+    check_card("sp2d_mnist_a", layers, scale, x, integers, tmp_path / "card")
     accuracy = (integers.argmax(1) == labels).float().mean().item()
     agreement = (integers.argmax(1) == exact.argmax(1)).float().mean().item()
     noise = (integers - exact).double().square().sum()
@@ -223,7 +285,7 @@ def mean_iou(predicted, labels):
     return 100 * torch.stack(scores).mean().item()
 
 
-def test_airborne_lidar_in_float_and_in_int8():
+def test_airborne_lidar_in_float_and_in_int8(tmp_path):
     layers = load("sp3d_autzen_unet")
     (x, cell), labels = voxels(train=False)
     recorded = np.load(DATA / "expected" / "sp3d_autzen_unet_logits.npz")
@@ -235,6 +297,8 @@ def test_airborne_lidar_in_float_and_in_int8():
     assert in_float == pytest.approx(65.50, abs=0.02)
     (train, _), _ = voxels(train=True)
     scale = calibrated(layers, [(train, make_maps(layers, train))])
-    in_int8 = mean_iou(quantized_logits(layers, scale, x, maps).argmax(1)[cell], labels)
+    integers = quantized_logits(layers, scale, x, maps)
+    check_card("sp3d_autzen_unet", layers, scale, x, integers, tmp_path / "card")
+    in_int8 = mean_iou(integers.argmax(1)[cell], labels)
     print(f"mean IoU: float {in_float:.2f}, int8 {in_int8:.2f}")
     assert in_int8 >= in_float - 0.5

@@ -8,8 +8,10 @@ import torch
 from torch.export import ExportedProgram
 
 from fquant.affine import quantize
+from fquant.calibration import at_site
 from fquant.graph.editor import Editor
 from fquant.graph.onnx.qdq import qdq_translations
+from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
 from fquant.graph.onnx.types import onnx_type_of
 from fquant.graph.qdq_ops import Quantization, is_dequantize, is_quantize, quantization_of
 from fquant.optional import require_package
@@ -28,8 +30,9 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
         5 to 8 bits     INT8, UINT8         E4M3FNUZ, E5M2FNUZ    FLOAT8E4M3FNUZ, FLOAT8E5M2FNUZ
         9 to 16 bits    INT16, UINT16
 
-    with a scale per tensor, per axis, or per block. Initializers have the names of the program's state,
-    both operators carry the quantizer's name in their metadata, and dynamic sizes stay dynamic.
+    with a scale per tensor, per axis, or per block. Params and stored integers keep their names in the
+    program's state, both operators carry the quantizer's name in their metadata, and dynamic sizes stay
+    dynamic.
     Sparse layers are operators of the domain "fquant" (`fquant.graph.onnx.sparse`). The file is
     checked by onnx.checker, and written atomically.
 
@@ -66,11 +69,12 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
         opset_version=21,
         optimize=False,
         verbose=False,
-        custom_translation_table=qdq_translations(inside),
+        custom_translation_table={**qdq_translations(inside), **sparse_translations()},
     )
     assert exported is not None
     _type_codes(exported.model)
     exported.optimize()
+    define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
     exported.model.producer_name = "fquant"
     onnx.checker.check_model(exported.model_proto, full_check=True)
     with replacing(path) as temporary:
@@ -86,21 +90,18 @@ def _require_expressible(program: ExportedProgram) -> set[str]:
         if not is_quantize(node) and not is_dequantize(node):
             continue
         at = quantization_of(node)
-        if onnx_type_of(at.format) is None:
-            raise ValueError(
-                f"to_onnx: quantizer {at.name!r} must have a format that ONNX has, got {at.format}."
-            )
+        at_site(at.name, onnx_type_of, at.format)
         if is_dequantize(node):
             continue
         if at.format.rounding != "half_even":
             raise ValueError(
-                f"to_onnx: quantizer {at.name!r} must round half to even, as QuantizeLinear does, got "
+                f"site {at.name!r}: to_onnx: rounding must be half to even, as QuantizeLinear's is, got "
                 f"{at.format.rounding!r}. Weights may round in any way with "
                 "export_qdq(..., weights='integer')."
             )
         if at.input.meta["val"].dtype == torch.float64:
             raise ValueError(
-                f"to_onnx: quantizer {at.name!r} must be of float32 or a half type, as "
+                f"site {at.name!r}: to_onnx: x must be of float32 or a half type, as "
                 "QuantizeLinear is, got float64."
             )
         fits = editor.constant(node) and _stays_inside(editor, at, editor.value(node))

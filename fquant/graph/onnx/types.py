@@ -28,14 +28,17 @@ class OnnxType(NamedTuple):
     covers: bool
 
 
-def onnx_type_of(spec: Format) -> OnnxType | None:
-    """Returns the ONNX type that holds a format's codes, or None: the smallest of its kind.
+def onnx_type_of(spec: Format) -> OnnxType:
+    """Returns the smallest ONNX type that holds a format's codes.
+
+    Raises:
+        ValueError: there is none.
 
     Example:
         >>> onnx_type_of(fquant.QuantSpec(4)), onnx_type_of(fquant.QuantSpec(7))
         (OnnxType(data_type=INT4, covers=True), OnnxType(data_type=INT8, covers=False))
-        >>> onnx_type_of(fquant.E5M2), onnx_type_of(fquant.NF4)
-        (OnnxType(data_type=FLOAT8E5M2, covers=True), None)
+        >>> onnx_type_of(fquant.E5M2)
+        OnnxType(data_type=FLOAT8E5M2, covers=True)
     """
     types = require_package("onnx_ir", "fquant.to_onnx", "onnx").DataType
     if isinstance(spec, QuantSpec):
@@ -46,4 +49,4 @@ def onnx_type_of(spec: Format) -> OnnxType | None:
         name = _FLOATS.get((spec.exp, spec.man, spec.exponent_bias, spec.finite))
         if name is not None:
             return OnnxType(types[name], True)
-    return None
+    raise ValueError(f"to_onnx: a format must be one that ONNX has, got {spec}.")

@@ -33,8 +33,9 @@ class BenchmarkNet(nn.SparseSequential):
         for level, (before, after) in enumerate(itertools.pairwise([in_channels, *widths])):
             if level:
                 layers.append(nn.SparseMaxPool3d(2, 2))
-            layers.append(nn.SubMConv3d(before, after, 3, bias=False))
-            layers.append(nn.SubMConv3d(after, after, 3, bias=False))
+            key = f"subm{level}"
+            layers.append(nn.SubMConv3d(before, after, 3, bias=False, indice_key=key))
+            layers.append(nn.SubMConv3d(after, after, 3, bias=False, indice_key=key))
         super().__init__(*layers)
 
 
@@ -85,8 +86,8 @@ class VoxelBackBone8x(_Backbone8x):
     def __init__(self, in_channels: int = 4, width: float = 1.0, last_padding: Sizes = 0) -> None:
         super().__init__()
         c1, c2, c3, c4 = scaled((16, 32, 64, 128), width)
-        self.conv_input = _subm(in_channels, c1)
-        self.conv1 = nn.SparseSequential(_subm(c1, c1))
+        self.conv_input = _subm(in_channels, c1, 1)
+        self.conv1 = nn.SparseSequential(_subm(c1, c1, 1))
         self.conv2 = _stage(c1, c2, 2, 1)
         self.conv3 = _stage(c2, c3, 3, 1)
         self.conv4 = _stage(c3, c3, 4, (0, 1, 1))
@@ -125,21 +126,29 @@ class VoxelResBackBone8x(_Backbone8x):
         super().__init__()
         c1, c2, c3, c4 = scaled((16, 32, 64, 128), width)
 
-        def block(channels: int) -> SparseBasicBlock:
-            return SparseBasicBlock(
-                channels, channels, bias=block_bias, momentum=_MOMENTUM, eps=_EPS
-            )
+        def blocks(channels: int, level: int) -> list[SparseBasicBlock]:
+            return [
+                SparseBasicBlock(
+                    channels,
+                    channels,
+                    bias=block_bias,
+                    momentum=_MOMENTUM,
+                    eps=_EPS,
+                    indice_key=f"subm{level}",
+                )
+                for _ in range(2)
+            ]
 
-        self.conv_input = _subm(in_channels, c1)
-        self.conv1 = nn.SparseSequential(block(c1), block(c1))
-        self.conv2 = nn.SparseSequential(_down(c1, c2, 2, 1), block(c2), block(c2))
-        self.conv3 = nn.SparseSequential(_down(c2, c3, 3, 1), block(c3), block(c3))
-        self.conv4 = nn.SparseSequential(_down(c3, c4, 4, (0, 1, 1)), block(c4), block(c4))
+        self.conv_input = _subm(in_channels, c1, 1)
+        self.conv1 = nn.SparseSequential(*blocks(c1, 1))
+        self.conv2 = nn.SparseSequential(_down(c1, c2, 2, 1), *blocks(c2, 2))
+        self.conv3 = nn.SparseSequential(_down(c2, c3, 3, 1), *blocks(c3, 3))
+        self.conv4 = nn.SparseSequential(_down(c3, c4, 4, (0, 1, 1)), *blocks(c4, 4))
         self.conv_out = _height(c4, c4, last_padding)
 
 
-def _subm(before: int, after: int) -> nn.SparseSequential:
-    conv = nn.SubMConv3d(before, after, 3, bias=False)
+def _subm(before: int, after: int, level: int) -> nn.SparseSequential:
+    conv = nn.SubMConv3d(before, after, 3, bias=False, indice_key=f"subm{level}")
     return conv_norm_relu(conv, after, _MOMENTUM, _EPS)
 
 
@@ -152,7 +161,9 @@ def _down(before: int, after: int, level: int, padding: Sizes) -> nn.SparseSeque
 
 def _stage(before: int, after: int, level: int, padding: Sizes) -> nn.SparseSequential:
     return nn.SparseSequential(
-        _down(before, after, level, padding), _subm(after, after), _subm(after, after)
+        _down(before, after, level, padding),
+        _subm(after, after, level),
+        _subm(after, after, level),
     )
 
 

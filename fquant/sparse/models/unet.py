@@ -66,19 +66,21 @@ class MinkUNet(nn.SparseModule):
         subm, conv, inverse = SUBM_CONV[axes], SPARSE_CONV[axes], INVERSE_CONV[axes]
         stem = channels[0]
         self.stem = nn.SparseSequential(
-            conv_norm_relu(subm(in_channels, stem, 3, bias=False), stem),
-            conv_norm_relu(subm(stem, stem, 3, bias=False), stem),
+            conv_norm_relu(subm(in_channels, stem, 3, bias=False, indice_key="subm0"), stem),
+            conv_norm_relu(subm(stem, stem, 3, bias=False, indice_key="subm0"), stem),
         )
         down, up = [], []
         for level, (before, after) in enumerate(itertools.pairwise(channels[: levels + 1])):
             step = conv(before, before, 2, stride=2, bias=False, indice_key=f"down{level}")
             down.append(
-                nn.SparseSequential(conv_norm_relu(step, before), *_blocks(before, after, axes))
+                nn.SparseSequential(
+                    conv_norm_relu(step, before), *_blocks(before, after, axes, level + 1)
+                )
             )
         for i, (before, after) in enumerate(itertools.pairwise(channels[levels:])):
             level = levels - 1 - i
             back = inverse(before, after, 2, indice_key=f"down{level}", bias=False)
-            blocks = _blocks(after + channels[level], after, axes)
+            blocks = _blocks(after + channels[level], after, axes, level)
             up.append(_Up(conv_norm_relu(back, after), nn.SparseSequential(*blocks)))
         self.down = torch_nn.ModuleList(down)
         self.up = torch_nn.ModuleList(up)
@@ -109,5 +111,8 @@ class _Up(nn.SparseModule):
         return self.blocks(join_features(self.conv(x), skip))
 
 
-def _blocks(before: int, after: int, axes: int) -> list[torch_nn.Module]:
-    return [SparseBasicBlock(before, after, axes), SparseBasicBlock(after, after, axes)]
+def _blocks(before: int, after: int, axes: int, level: int) -> list[torch_nn.Module]:
+    return [
+        SparseBasicBlock(channels, after, axes, indice_key=f"subm{level}")
+        for channels in (before, after)
+    ]

@@ -14,13 +14,15 @@ from fquant.sparse.tensor import SparseTensor
 class SparseModule(nn.Module):
     """A module that takes a SparseTensor; `SparseSequential` hands it the record, not the features."""
 
+    takes_records = True
+
 
 class SparseSequential(SparseModule, nn.Sequential):
     """Runs modules one after another, over records and over features.
 
-    A SparseModule gets the record. Any other module (`nn.ReLU`, `nn.BatchNorm1d`, `nn.Linear`) gets
-    the features, `(N, C)`, and its result takes their place; once a module has returned a tensor, the
-    rest get that.
+    A SparseModule, or what has its `takes_records`, gets the record. Any other module (`nn.ReLU`,
+    `nn.BatchNorm1d`, `nn.Linear`) gets the features, `(N, C)`, and its result takes their place; once
+    a module has returned a tensor, the rest get that.
 
     Example:
         >>> from fquant.sparse import SparseTensor, nn
@@ -38,7 +40,7 @@ class SparseSequential(SparseModule, nn.Sequential):
 
     def forward(self, x: Any) -> Any:
         for module in self:
-            if isinstance(x, SparseTensor) and not isinstance(module, SparseModule):
+            if isinstance(x, SparseTensor) and not getattr(module, "takes_records", False):
                 x = x.map(module)
             else:
                 x = module(x)

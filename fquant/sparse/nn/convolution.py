@@ -33,6 +33,7 @@ class SparseConvolution(SparseModule):
     """
 
     axes: ClassVar[int]
+    geometry: Geometry | None = None  # of an inverse convolution, that of what it undoes
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class SparseConvolution(SparseModule):
 
     def extra_repr(self) -> str:
         """What print shows."""
-        geometry = getattr(self, "geometry", None)
+        geometry = self.geometry
         shown = f"kernel_size={self.kernel_size}" if geometry is None else geometry.name
         key = "" if self.indice_key is None else f", indice_key={self.indice_key!r}"
         bias = "" if self.bias is not None else ", bias=False"
@@ -98,6 +99,8 @@ class SubMConv(SparseConvolution):
         dilation: cells between taps.
         groups: must be 1.
     """
+
+    geometry: Geometry
 
     def __init__(
         self,
@@ -138,6 +141,8 @@ class SparseConv(SparseConvolution):
         groups: must be 1.
     """
 
+    geometry: Geometry
+
     def __init__(
         self,
         in_channels: int,
@@ -172,6 +177,8 @@ class SparseConvTranspose(SparseConvolution):
         groups: must be 1.
         output_padding: output cells added after each axis.
     """
+
+    geometry: Geometry
 
     def __init__(
         self,

@@ -60,7 +60,8 @@ def with_maps(model: nn.Module, x: SparseTensor) -> SparseTensor:
     token = _BUILT.set(built)
     try:
         with torch.no_grad():
-            functional_call(shadow, state, (x.with_features(mode.from_tensor(x.features)),))
+            features = mode.from_tensor(x.features.detach())
+            functional_call(shadow, state, (x.with_features(features),))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"with_maps: {type(model).__name__} must not read values of features, which have none here."

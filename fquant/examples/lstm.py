@@ -1,14 +1,16 @@
 """An LSTM over the rows of images, in 8 bits: `nn.LSTM` as it is, dynamic ranges per row and step.
 
-Run it: `python docs/examples/lstm.py`.
+Run it: `python -m fquant.examples.lstm`.
 """
 
+from typing import Any
+
 import torch
-from common import accuracy, load_images, parameters, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fquant as fq
+from fquant.examples.dense_recipe import Params, accuracy, load_images, parameters, train
 
 
 class Net(nn.Module):
@@ -28,7 +30,7 @@ def main(steps: int = 200) -> dict[str, float]:
     torch.manual_seed(0)
     data, model = load_images(), Net()
     params = train(lambda p, x: functional_call(model, p, (x,)), parameters(model), data, steps,
-                   lambda step: 0.01)  # fmt: skip
+                   lambda step: 0.02)  # fmt: skip
     results = {"float": accuracy(lambda p, x: functional_call(model, p, (x,)), params, data)}
     for name, rules in (("static", fq.w8a8()), ("dynamic", fq.w8a8(dynamic=True))):
         plan = fq.make_plan(model, rules, (data.train_images[:2],))
@@ -36,7 +38,13 @@ def main(steps: int = 200) -> dict[str, float]:
         stats = fq.calibrate_model(model, plan, params, calibration, progress=False)
         qstate = fq.finalize(plan, stats)
         forward = fq.fake_quant(model, plan)
-        results[name] = accuracy(lambda p, x, f=forward, q=qstate: f(p, q, x), params, data)
+
+        def quantized(
+            params: Params, x: Tensor, run: Any = forward, scales: Any = qstate
+        ) -> Tensor:
+            return run(params, scales, x)
+
+        results[name] = accuracy(quantized, params, data)
     return results
 
 

@@ -1,14 +1,14 @@
 """A CNN with batch norm and a residual sum: float, after calibration, after fine-tuning.
 
-Run it: `python docs/examples/cnn.py`.
+Run it: `python -m fquant.examples.cnn`.
 """
 
 import torch
-from common import Params, accuracy, batches, load_images, parameters, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fquant as fq
+from fquant.examples.dense_recipe import Params, accuracy, batches, load_images, parameters, train
 
 
 class Net(nn.Module):

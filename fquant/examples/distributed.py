@@ -1,6 +1,6 @@
 """Calibration and fine-tuning on several processes: one exchange of statistics, then DDP.
 
-Run it: `torchrun --nproc-per-node 2 docs/examples/distributed.py`; without torchrun it is one process.
+Run it: `torchrun --nproc-per-node 2 -m fquant.examples.distributed`; without torchrun it is one process.
 """
 
 import json
@@ -8,11 +8,11 @@ import os
 
 import torch
 import torch.nn.functional as F
-from common import load_images, parameters
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fquant as fq
+from fquant.examples.dense_recipe import load_images, parameters
 
 SIZE = 64  # images per step, over all processes
 
@@ -52,8 +52,6 @@ def main(steps: int = 20) -> dict[str, list[float]]:
         if world > 1:
             distributed.all_reduce(mean)
         losses.append((mean / world).item())
-    if world > 1:
-        distributed.destroy_process_group()
     return {"losses": losses, **{name: scale.flatten().tolist() for name, scale in qstate.items()}}
 
 
@@ -61,3 +59,5 @@ if __name__ == "__main__":
     results = main()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,14 +1,14 @@
 """torch's own Transformer layers on the rows of images, in 8 bits, all but the first and last layer.
 
-Run it: `python docs/examples/transformer.py`.
+Run it: `python -m fquant.examples.transformer`.
 """
 
 import torch
-from common import accuracy, load_images, parameters, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fquant as fq
+from fquant.examples.dense_recipe import accuracy, load_images, parameters, train
 
 
 class Net(nn.Module):

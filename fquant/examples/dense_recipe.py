@@ -1,8 +1,6 @@
-"""What the examples share: images, and a training loop of pure functions."""
+"""What the examples of dense networks share: images, and a training loop of pure functions."""
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,16 +9,17 @@ from torch import Tensor, nn
 
 from fquant.demo.data import Split, load_digits
 from fquant.demo.training import adam_init, adam_step
+from fquant.testing.scenes import data_folder
 
 Params = dict[str, Tensor]
 
 
 def load_images() -> Split:
-    """Returns 8 x 8 digits: of MNIST where FQUANT_DATA names a folder that has it, or scikit-learn's."""
-    path = Path(os.environ.get("FQUANT_DATA", "")) / "mnist" / "mnist_open.npz"
-    if "FQUANT_DATA" not in os.environ or not path.exists():
+    """Returns 8 x 8 digits: of MNIST where the data folder is there, else scikit-learn's."""
+    folder = data_folder("mnist")
+    if folder is None:
         return load_digits()
-    arrays = np.load(path)
+    arrays = np.load(folder / "mnist_open.npz")
 
     def images(name: str, count: int) -> Tensor:
         pixels = torch.from_numpy(arrays[name][:count]).float().unsqueeze(1) / 255
@@ -29,8 +28,8 @@ def load_images() -> Split:
     def labels(name: str, count: int) -> Tensor:
         return torch.from_numpy(arrays[name][:count]).long()
 
-    return Split(images("train_x", 4000), labels("train_y", 4000), images("test_x", 500),
-                 labels("test_y", 500))  # fmt: skip
+    train = images("train_x", 4000), labels("train_y", 4000)
+    return Split(*train, images("test_x", 500), labels("test_y", 500))
 
 
 def parameters(model: nn.Module) -> Params:

@@ -1,15 +1,15 @@
 """The gradient of a quantized network for every image on its own, as private or robust training needs.
 
-Run it: `python docs/examples/per_sample_gradients.py`.
+Run it: `python -m fquant.examples.per_sample_gradients`.
 """
 
 import torch
 import torch.nn.functional as F
-from common import Params, load_images, parameters
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import fquant as fq
+from fquant.examples.dense_recipe import Params, load_images, parameters
 
 
 def main(size: int = 64, norm: float = 1.0) -> dict[str, float]:

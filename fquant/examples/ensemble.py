@@ -1,35 +1,35 @@
 """An ensemble of quantization settings in one `vmap`: four calibrations of one network at once.
 
-Run it: `python docs/examples/ensemble.py`.
+Run it: `python -m fquant.examples.ensemble`.
 """
 
 import torch
-from common import load_images, parameters, train
 from torch import nn
 from torch.func import functional_call, vmap
 
 import fquant as fq
+from fquant.examples.dense_recipe import load_images, parameters, train
 
-SETTINGS = {
-    "max": {"percentile": 100.0},
-    "99.9 %": {"percentile": 99.9},
-    "99 %": {"percentile": 99.0},
-    "least squares": {"method": "mse"},
+SPEC = fq.QuantSpec(4)
+SETTINGS: dict[str, fq.Observer] = {
+    "max": fq.MaxObserver(),
+    "99.9 %": fq.HistogramObserver(percentile=99.9),
+    "99 %": fq.HistogramObserver(percentile=99.0),
+    "least squares": fq.HistogramObserver(method="mse", spec=SPEC),
 }
 
 
-def main(steps: int = 150, bits: int = 4) -> dict[str, float]:
+def main(steps: int = 150) -> dict[str, float]:
     """Returns the accuracy of every setting in percent, all from one call."""
     torch.manual_seed(0)
     data = load_images()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     params = train(lambda p, x: functional_call(model, p, (x,)), parameters(model), data, steps,
                    lambda step: 0.005)  # fmt: skip
-    spec = fq.QuantSpec(bits)
     scales = []
-    for options in SETTINGS.values():  # the grids are the same, so the plans differ in scales only
-        inputs = fq.Quantizer(spec, observer=fq.HistogramObserver(spec=spec, **options))
-        rules = [fq.OpRule(weight=fq.QuantSpec(bits, narrow_range=True), inputs=inputs)]
+    for observer in SETTINGS.values():  # the grids are the same, so the plans differ in scales only
+        inputs = fq.Quantizer(SPEC, observer=observer)
+        rules = [fq.OpRule(weight=fq.QuantSpec(4, narrow_range=True), inputs=inputs)]
         plan = fq.make_plan(model, rules, (data.train_images[:2],))
         stats = fq.calibrate_model(model, plan, params, [data.train_images[:512]], progress=False)
         scales.append(fq.finalize(plan, stats))
