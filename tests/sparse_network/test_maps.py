@@ -78,6 +78,10 @@ def test_the_cache_goes_by_content_and_comes_out_anew():
     assert (five.hits, five.misses, len(five.entries)) == (2, 3, 2)
     assert cached_maps(LAYERS, scenes[0], five)[1].hits == 3
     assert cached_maps(LAYERS, scenes[1], five)[1].misses == 4
+    full = MapCache.empty(3)
+    for x in (*scenes, scenes[1]):
+        _, full = cached_maps(LAYERS, x, full)
+    assert (len(full.entries), full.hits) == (3, 1)  # a lookup in the middle drops nothing
     with pytest.raises(ValueError, match=r"MapCache.empty: capacity must be positive, got 0"):
         MapCache.empty(0)
 
