@@ -17,7 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_readme_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     torch._dynamo.reset()
     names = {}
     for block in blocks:

@@ -78,6 +78,10 @@ def test_the_cache_goes_by_content_and_comes_out_anew():
     assert (five.hits, five.misses, len(five.entries)) == (2, 3, 2)
     assert cached_maps(LAYERS, scenes[0], five)[1].hits == 3
     assert cached_maps(LAYERS, scenes[1], five)[1].misses == 4
+    full = MapCache.empty(3)
+    for x in (*scenes, scenes[1]):
+        _, full = cached_maps(LAYERS, x, full)
+    assert (len(full.entries), full.hits) == (3, 1)  # a lookup in the middle drops nothing
     with pytest.raises(ValueError, match=r"MapCache.empty: capacity must be positive, got 0"):
         MapCache.empty(0)
 
@@ -109,6 +113,7 @@ def test_padded_rows_change_nothing(extra, seed, density):
     y = sparse_conv(x, weight, kernel_map=kernel_map)
     padded = sparse_conv(wide, weight, kernel_map=wide_map)
     assert padded.features.shape[0] == outputs + extra
+    assert not padded.features[outputs:].any()
     assert torch.equal(without_padding(padded).features, y.features)
     assert torch.equal(without_padding(padded).coords, y.coords)
     assert valid_count(padded) == outputs
