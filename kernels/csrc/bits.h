@@ -11,7 +11,8 @@ inline const bool has_popcnt = (__builtin_cpu_init(), __builtin_cpu_supports("po
 #endif
 
 // Set bits of a word. The popcnt instruction is not in the x86-64 baseline, and the compiler's own
-// replacement is a call. With it kernel maps take 7 to 12 % less time than by twelve operations.
+// replacement is a call. With it kernel maps take 2 to 14 % less time than by twelve operations
+// (Zen 3).
 inline int32_t count_bits(uint64_t x) {
 #ifdef FQUANT_X86
   if (has_popcnt) {
