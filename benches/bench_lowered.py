@@ -7,17 +7,17 @@ the processor's float32 multiply-accumulate rate. On AVX2 without VNNI an exact 
 """
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fquant as fq
 import fquant_kernels
-from benches import harness, networks, scenes
-from benches.networks import Step
+from benches import harness
 from fquant.graph import dynamic_rows, site_integers
 from fquant.sparse import KernelMap, SparseTensor, conv_map, sparse_conv, subm_conv, subm_map
+from fquant.testing import scenes
 
 
 class Block(nn.Module):
@@ -115,8 +115,27 @@ def bench_dense(name: str, rounds: int) -> None:
     )
 
 
+class Step(NamedTuple):
+    """One convolution, "subm" or "conv", of a sparse backbone; sizes are (z, y, x)."""
+
+    kind: str
+    channels: tuple[int, int]
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] = (0, 0, 0)
+
+
+def voxel_backbone() -> list[Step]:
+    """VoxelBackBone8x (OpenPCDet)."""
+    steps = [Step("subm", (4, 16)), Step("subm", (16, 16))]
+    for cin, cout, padding in ((16, 32, 1), (32, 64, 1), (64, 64, 0)):
+        steps.append(Step("conv", (cin, cout), (3, 3, 3), (2, 2, 2), (padding, 1, 1)))
+        steps += [Step("subm", (cout, cout)), Step("subm", (cout, cout))]
+    return [*steps, Step("conv", (64, 128), (3, 1, 1), (2, 1, 1))]
+
+
 class Backbone(nn.Module):
-    """A network of `benches.networks` without residuals, by fquant's float convolutions."""
+    """A sparse backbone by fquant's float convolutions."""
 
     def __init__(self, steps: list[Step]) -> None:
         super().__init__()
@@ -149,7 +168,7 @@ def make_maps(steps: list[Step], x: SparseTensor) -> list[KernelMap]:
 
 
 def bench_sparse(rounds: int, voxels: int) -> None:
-    steps = networks.voxel_backbone()
+    steps = voxel_backbone()
     scene = scenes.synthetic("waymo")
     part = scene.coords[:voxels]
     x = SparseTensor(torch.randn(len(part), 4), part, scene.spatial_shape, 1)
@@ -171,13 +190,6 @@ def bench_sparse(rounds: int, voxels: int) -> None:
         compiled = torch.compile(module, fullgraph=True, dynamic=True)
         assert torch.equal(compiled(x, maps).features, module(x, maps).features)
         runs: dict[str, harness.Run] = {"float": in_float, "int8": lambda: compiled(x, maps)}
-        package = harness.spconv()
-        if package is not None:
-            from benches.bench_networks import spconv_network
-
-            runs["spconv"] = spconv_network(
-                steps, package, scenes.Scene("part", part, scene.spatial_shape)
-            )
         times = harness.interleaved(runs, rounds)
     row: dict[str, Any] = {
         "network": "VoxelBackBone8x",
@@ -185,8 +197,6 @@ def bench_sparse(rounds: int, voxels: int) -> None:
         **{f"{name}_ms": timing.median * 1e3 for name, timing in times.items()},
         "int8_over_float": times["int8"].ratio(times["float"]),
     }
-    if "spconv" in times:
-        row["int8_over_spconv"] = times["int8"].ratio(times["spconv"])
     harness.report(row)
 
 
