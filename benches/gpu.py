@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if "--dry-run" in sys.argv:  # Triton reads this when it is imported, which torch does by itself
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
 
 from benches.gpu_layers import KERNEL, ONE, check, make_layer, ways
@@ -188,9 +191,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, below
-    else:
+    if not options.dry_run:
         reason = why_unavailable()
         if reason is not None:
             raise SystemExit(f"benches.gpu: {reason}. --dry-run does without a GPU.")
