@@ -1,6 +1,6 @@
 """A network from float to an AOTInductor package of int8 layers, loaded again and compared.
 
-    python examples/package_int8.py [folder]
+    python -m fquant.examples.package_int8 [folder]
 
 The package is loaded from Python here. Its int8 layers are ops that fquant registers from Python, so a
 process without Python cannot run them; the package of the Q/DQ graph, made the same way from `program`,
