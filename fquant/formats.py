@@ -4,6 +4,7 @@ A format describes values in units of the step; the scale is apart, as for integ
 `x ~= value * scale`. With scale 1 it is a plain cast.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,7 +145,7 @@ class FloatFormat:
                 "FloatFormat: bias must keep the largest value within float32's range, "
                 f"got {self.bias!r} with exp={self.exp}, finite={self.finite!r}."
             )
-        if self.max is not None and self.max not in self._all_levels().tolist():
+        if self.max is not None and not self._has(self.max):
             raise ValueError(f"FloatFormat: max must be a value of the format, got {self.max}.")
 
     @property
@@ -167,10 +168,7 @@ class FloatFormat:
     @property
     def q_max(self) -> float:
         """The largest value."""
-        if self.max is not None:
-            return self.max
-        lost = 2 if self.finite == "fn" and self.man > 0 else 1
-        return 2.0**self.highest_exponent * (2.0 - lost * 2.0**-self.man)
+        return self._largest if self.max is None else self.max
 
     @property
     def q_min(self) -> float:
@@ -253,6 +251,18 @@ class FloatFormat:
         codes = torch.arange(2 ** (self.exp + self.man), dtype=torch.int32)
         values = self.decode(codes, torch.float64)
         return values[values.isfinite()].unique()
+
+    @property
+    def _largest(self) -> float:
+        lost = 2 if self.finite == "fn" and self.man > 0 else 1
+        return 2.0**self.highest_exponent * (2.0 - lost * 2.0**-self.man)
+
+    def _has(self, value: float) -> bool:
+        """Whether a positive number is a value; without tensors, for formats are made under any mode."""
+        if not self.smallest <= value <= self._largest:
+            return False
+        exponent = max(math.frexp(value)[1] - 1, self.lowest_exponent)
+        return (value * 2.0 ** (self.man - exponent)).is_integer()
 
     @property
     def _nan_code(self) -> int:

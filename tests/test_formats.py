@@ -1,5 +1,6 @@
 """Floating-point grids and codebooks: every code, every tie, and three independent libraries."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -396,6 +397,23 @@ def test_stochastic_rounding_is_unbiased_and_seeded(spec):
     assert y.mean().item() == pytest.approx(0.8, abs=0.005)  # 0.25 / sqrt(2e5), 9 times
 
 
+@pytest.mark.parametrize("name", [n for n, f in PRESETS.items() if isinstance(f, fq.FloatFormat)])
+def test_max_may_be_every_value_and_nothing_between(name):
+    whole = dataclasses.replace(PRESETS[name], max=None)
+    values = [v for v in whole.levels().tolist() if v > 0]
+    for value, above in zip(values, [*values[1:], 2 * values[-1]], strict=True):
+        assert dataclasses.replace(whole, max=value).q_max == value
+        with pytest.raises(ValueError, match="max must be a value"):
+            dataclasses.replace(whole, max=(value + above) / 2)
+
+
+def test_formats_are_made_while_a_model_is_planned():
+    capped = fq.FloatFormat(4, 3, finite="fn", max=240.0)
+    rules = [fq.OpRule(inputs=capped, weight=capped)]
+    plan = fq.make_plan(torch.nn.Linear(2, 2), rules, (torch.ones(1, 2),))
+    assert plan.quantizers["linear#0.input"].spec.q_max == 240.0
+
+
 STOCHASTIC = fq.QuantSpec(rounding="stochastic")
 ONES = torch.ones(2)
 
@@ -409,6 +427,7 @@ ONES = torch.ones(2)
         (lambda: fq.FloatFormat(8, 7, finite="all"), ValueError, "bias must keep the largest"),
         (lambda: fq.FloatFormat(1, 2), ValueError, "bias must leave normal numbers"),
         (lambda: fq.FloatFormat(4, 3, max=441.0), ValueError, "max must be a value"),
+        (lambda: fq.FloatFormat(4, 3, max=0.0), ValueError, "max must be a value"),
         (
             lambda: fq.FloatFormat(4, 3, rounding="up"),
             ValueError,
