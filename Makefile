@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CACHE := $(CURDIR)/.cache
-RUN := TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(CACHE)/matplotlib \
+# HOME too, below which ONNX Runtime writes when it is imported.
+RUN := HOME=$(CACHE) TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(CACHE)/matplotlib \
        TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
 SOURCES := pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
 
