@@ -9,7 +9,7 @@ RUN := HOME=$(CACHE) TMPDIR=$(CACHE)/tmp XDG_CACHE_HOME=$(CACHE) MPLCONFIGDIR=$(
        TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
 SOURCES := pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint bench gpu sanitize emulated clean
 
 demo: $(VENV)/.installed
 	$(RUN) $(BIN)/fquant demo $(ARGS)
@@ -52,6 +52,14 @@ sanitize: $(VENV)/.installed
 	  UBSAN_OPTIONS=print_stacktrace=1 FQUANT_LIBRARY_FOLDER=build/sanitize \
 	  $(BIN)/python -m pytest -q tests/kernels/test_conv_int8_cpu.py \
 	  tests/kernels/test_kernel_map.py $(ARGS)
+
+# The paths of every instruction set on any CPU with AVX2: make emulated SIMDE=its-folder
+emulated: $(VENV)/.installed
+	test -f "$(SIMDE)/simde/x86/avx512.h" # https://github.com/simd-everywhere/simde
+	cmake -S kernels -B build/emulated -DFQUANT_SIMDE="$(SIMDE)"
+	cmake --build build/emulated --parallel
+	$(RUN) FQUANT_LIBRARY_FOLDER=build/emulated $(BIN)/python -m pytest -q \
+	  tests/kernels/test_conv_int8_cpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist

@@ -26,6 +26,9 @@ bool has_avx2() {
 
 // __builtin_cpu_supports also asks the operating system about the wide registers.
 static bool detect(int isa) {
+#ifdef FQUANT_EMULATED
+  if (isa > kAvx2) return has_avx2();
+#endif
   switch (isa) {
     case kScalar:
       return true;
