@@ -47,10 +47,14 @@ inline int32_t* select(bool condition, int32_t* base, int64_t offset, int32_t* o
   return reinterpret_cast<int32_t*>((there & mask) | (reinterpret_cast<uintptr_t>(other) & ~mask));
 }
 
-// Both write the (taps, outputs) table of at least one input and one output. The method of bits
-// returns false, with nothing of the table promised, where the grid does not suit it.
+// Each writes the (taps, outputs) table of at least one input and one output. The two methods of
+// bits look up what every input or every output meets; they return false, with nothing of the table
+// promised, where the grid does not suit them or the other one has less to look up.
 template <class T>
-bool bitmap_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+bool input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                     const Geometry& g, int32_t* table, int64_t threads);
+template <class T>
+bool output_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                       const Geometry& g, int32_t* table, int64_t threads);
 template <class T>
 void sorted_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,

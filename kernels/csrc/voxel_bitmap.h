@@ -57,8 +57,10 @@ Range range_of(const T* coords, int64_t count, int axes) {
   return range;
 }
 
-// False where there is no frame: a last axis of more than 4096 cells per voxel, or 2^32 lines.
+// False where there is no frame: a last axis of more than 4096 cells per voxel, 2^32 lines, or a
+// processor that does not read windows of bits as `bits_from` does.
 inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, Frame* frame) {
+  if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) return false;
   __int128 lines = 1, last = 1;
   int64_t extent[kAxes];
   for (int a = 0; a < frame->axes; ++a) {
@@ -186,14 +188,11 @@ class Voxels {
     __builtin_prefetch(&slots_[slot]);
     return slot;
   }
-  // The row of the cell whose bit is the rank-th one, or -1; below -1 if `find_shared` has to look.
-  int32_t find(int64_t rank, uint32_t line, bool present) const {
-    const Slot slot = slots_[rank];
-    const int32_t other = -int32_t{slot.line != line};
-    return slot.row | (other & ~(slot.row >> 31)) | (int32_t{present} - 1);
-  }
-  int32_t find_shared(int32_t found, uint32_t line) const {
-    const Slot* slot = &shared_[-2 - int64_t{found}];
+  // The row of the cell on `line` whose bit is the rank-th one, or -1: another cell's bit.
+  int32_t find(int64_t rank, uint32_t line) const {
+    const Slot* slot = &slots_[rank];
+    if (slot->row >= 0) return slot->line == line ? slot->row : -1;
+    slot = &shared_[-2 - int64_t{slot->row}];
     while (slot->line != line && slot->row >= 0) ++slot;
     return slot->row;
   }

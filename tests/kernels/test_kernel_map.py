@@ -116,6 +116,8 @@ def test_tables_and_outputs_are_those_of_the_reference(
         assert torch.equal(cpu.conv_output_coords(case.coords, *case.geometry), want)
         if data.draw(st.booleans()):  # outputs in any order, of either dtype
             want = want[torch.randperm(want.shape[0])].long()
+            axis, most = data.draw(st.integers(1, len(case.stride))), data.draw(st.integers(0, 6))
+            want = want[want[:, axis] <= most]  # inputs may reach beyond the outputs given
         table = reference.kernel_neighbors(case.coords, want, *case.geometry)
         assert torch.equal(cpu.kernel_neighbors(case.coords, want, *case.geometry), table)
         back = reference.transpose_neighbors(table, case.coords.shape[0])
@@ -295,6 +297,22 @@ def test_both_ends_of_the_last_axis(side: int, dilation: int) -> None:
         assert torch.equal(cpu.conv_output_coords(coords, *geometry), out_coords)
         want = reference.kernel_neighbors(coords, out_coords, *geometry)
         assert torch.equal(cpu.kernel_neighbors(coords, out_coords, *geometry), want)
+
+
+@needs_library
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 0), (3, 1, 3), (5, 2, 0), (4, 2, 4)])
+def test_inputs_at_both_ends_of_a_grid_reach_beyond_its_outputs(
+    kernel: int, stride: int, padding: int
+) -> None:
+    # Beyond one end of an axis is where the next line of voxels begins.
+    cells = torch.zeros(2, 8, 8)
+    cells[:, ::7, ::4] = 1
+    coords = cells.nonzero().int()
+    geometry = ([8, 8], [kernel] * 2, [stride] * 2, [padding] * 2, [1, 1])
+    outputs = reference.conv_output_coords(coords, *geometry)
+    for some in (outputs, outputs[outputs[:, 1] <= 1], outputs[outputs[:, 1] >= 2]):
+        table = reference.kernel_neighbors(coords, some, *geometry)
+        assert torch.equal(cpu.kernel_neighbors(coords, some, *geometry), table)
 
 
 @needs_library
