@@ -17,6 +17,17 @@
 namespace fquant {
 namespace {
 
+// `condition ? base + offset : other` without a branch: the compiler turns the plain one into a
+// jump around the store, and with it transposing took 5.7 ms in place of 2.8. The address
+// is made of integers because base + offset need not exist where the condition is false.
+inline int32_t* select(bool condition, int32_t* base, int64_t offset, int32_t* other) {
+  uintptr_t mask = static_cast<uintptr_t>(0) - static_cast<uintptr_t>(condition);
+  __asm__("" : "+r"(mask));  // hides from the compiler what the mask can be
+  const uintptr_t there =
+      reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(int32_t);
+  return reinterpret_cast<int32_t*>((there & mask) | (reinterpret_cast<uintptr_t>(other) & ~mask));
+}
+
 // Asks for huge pages under a fresh table: at a million voxels the faults of 108 MB by 4 KiB took
 // 32 ms, as long as everything else. Memory that has its pages already is not changed.
 void prefer_huge_pages(int32_t* table, int64_t entries) {

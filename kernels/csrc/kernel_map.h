@@ -36,17 +36,6 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
           std::memcmp(coords, out_coords, inputs * (1 + dims) * sizeof(T)) == 0);
 }
 
-// `condition ? base + offset : other` without a branch: the compiler turns the plain one into a
-// jump around the store, and with it transposing took 5.7 ms in place of 2.8. The address
-// is made of integers because base + offset need not exist where the condition is false.
-inline int32_t* select(bool condition, int32_t* base, int64_t offset, int32_t* other) {
-  uintptr_t mask = static_cast<uintptr_t>(0) - static_cast<uintptr_t>(condition);
-  __asm__("" : "+r"(mask));  // hides from the compiler what the mask can be
-  const uintptr_t there =
-      reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset) * sizeof(int32_t);
-  return reinterpret_cast<int32_t*>((there & mask) | (reinterpret_cast<uintptr_t>(other) & ~mask));
-}
-
 // Each writes the (taps, outputs) table of at least one input and one output. The two methods of
 // bits look up what every input or every output meets; they return false, with nothing of the table
 // promised, where the grid does not suit them or the other one has less to look up.
