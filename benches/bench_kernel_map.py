@@ -41,7 +41,8 @@ def spconv_map(scene: scenes.Scene, geometry: Any, is_submanifold: bool) -> Any:
     )
 
 
-def bench(scene: scenes.Scene, package: Any, rounds: int) -> float:
+def bench(scene: scenes.Scene, package: Any, rounds: int) -> tuple[int, float]:
+    """Pairs of the submanifold map, and its seconds."""
     table = submanifold(scene)
     coords, shape = scene.coords, scene.spatial_shape
     assert torch.equal(table, reference.kernel_neighbors(coords, coords, shape, *SUBM))
@@ -65,22 +66,28 @@ def bench(scene: scenes.Scene, package: Any, rounds: int) -> float:
         row["subm_over_spconv"] = times["subm"].ratio(times["spconv_subm"])
         row["strided_over_spconv"] = times["strided"].ratio(times["spconv_strided"])
     harness.report(row)
-    return times["subm"].median
+    return pairs, times["subm"].median
 
 
 def growth(rounds: int) -> None:
-    """Time against N: the first N voxels of a long recording, in the order they were seen."""
+    """Time against voxels and against pairs.
+
+    The first N voxels of a long recording, in the order they were seen: ten times as many are
+    denser as well, with twice the pairs per voxel.
+    """
     cloud = scenes.synthetic("nuscenes", sweeps=160)
     count = cloud.coords.shape[0]
     sizes = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= count]
     points = []
     for size in sizes:
         part = scenes.Scene(f"part-{size}", cloud.coords[:size], cloud.spatial_shape)
-        points.append((size, bench(part, None, rounds)))
+        points.append((size, *bench(part, None, rounds)))
     if len(points) > 1:
-        (first, start), (last, end) = points[-2], points[-1]
-        exponent = math.log(end / start) / math.log(last / first)
-        harness.report({"from": first, "to": last, "exponent": exponent})
+        (first, few, start), (last, many, end) = points[-2], points[-1]
+        growth = math.log(end / start)
+        by_voxels, by_pairs = growth / math.log(last / first), growth / math.log(many / few)
+        row = {"exponent_of_voxels": by_voxels, "exponent_of_pairs": by_pairs}
+        harness.report({"from": first, "to": last, **row})
 
 
 def main() -> None:
