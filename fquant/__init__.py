@@ -9,14 +9,7 @@
 """
 
 from fquant import graph, sparse
-from fquant.affine import (
-    compute_amax,
-    compute_scale,
-    compute_scale_zero_point,
-    dequantize,
-    fake_quantize,
-    quantize,
-)
+from fquant.affine import dequantize, fake_quantize, quantize
 from fquant.amax_quant import (
     fake_affine_tensor_quant,
     fake_tensor_quant,
@@ -93,7 +86,12 @@ from fquant.recipes import (
 from fquant.records import QTensor
 from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
-from fquant.scale_rules import two_level_scales
+from fquant.scales import (
+    compute_amax,
+    compute_scale,
+    compute_scale_zero_point,
+    two_level_scales,
+)
 from fquant.search import search_scales
 from fquant.serialization import load, save
 from fquant.spec import QuantSpec

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fquant.affine import compute_amax, compute_scale, fake_quantize
+from fquant.affine import fake_quantize
 from fquant.checks import as_broadcastable, compute_dtype, require_floating
 from fquant.formats import E4M3, E5M2, Format
 from fquant.pytree import from_constant, to_constant
 from fquant.records import lifts_to_features
+from fquant.scales import compute_amax, compute_scale
 
 
 def fake_quantize_gradient(

@@ -270,6 +270,29 @@ def test_nvfp4_has_two_levels():
     assert sqnr_db(x[1], calibrated(x, spec)[1]) > sqnr_db(x[1], calibrated(x, mx(fq.E2M1))[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_levels_of_a_half_amax_are_those_of_its_float32(dtype):
+    amax = torch.tensor([0.0, 0.3, 1.7, 400.0]).to(dtype)
+    for half, wide in zip(
+        fq.two_level_scales(amax), fq.two_level_scales(amax.float()), strict=True
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, wide)
+    blocks, tensor = fq.two_level_scales(amax)
+    assert torch.equal(fq.compute_scale(amax, NVFP4), blocks * tensor)
+
+
+def test_two_levels_of_nothing_and_of_nan():
+    blocks, tensor = fq.two_level_scales(torch.ones(0, 2))
+    assert (blocks.shape, tensor.item()) == ((0, 2), 1)
+    blocks, tensor = fq.two_level_scales(torch.tensor([1.0, NAN]))
+    assert bool((blocks * tensor).isnan().all())
+    with pytest.raises(ValueError, match="two_level_scales: amax must not be negative, got -1.0"):
+        fq.two_level_scales(torch.tensor([1.0, -1.0]))
+    with pytest.raises(TypeError, match="two_level_scales: amax must be a floating-point tensor"):
+        fq.two_level_scales(torch.tensor([1]))
+
+
 def test_adaptive_block_floating_point():
     """arXiv 2205.06287: a bfloat16 maximum per block, integers of b bits in its units."""
     x = torch.randn(256, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,8 @@ from torch import Tensor
 from fquant.checks import compute_dtype, require_floating
 from fquant.formats import Format
 from fquant.observers.base import report_nonfinite, require_seen
-from fquant.observers.readout import Histogram, read_amax, require_method
+from fquant.observers.bins import Histogram
+from fquant.observers.readout import read_amax, require_method
 from fquant.spec import INT8
 
 

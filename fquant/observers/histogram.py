@@ -12,7 +12,8 @@ from fquant.checks import compute_dtype, require_floating, values_readable
 from fquant.formats import Format
 from fquant.granularity import groups
 from fquant.observers.base import report_nonfinite, require_same_shape, require_seen
-from fquant.observers.readout import Histogram, read_amax, require_method
+from fquant.observers.bins import Histogram
+from fquant.observers.readout import read_amax, require_method
 from fquant.spec import INT8
 from fquant_kernels import abs_histogram
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fquant.affine import compute_amax
 from fquant.observers.base import require_same_shape, require_seen
+from fquant.scales import compute_amax
 
 
 class MovingAverageState(NamedTuple):
