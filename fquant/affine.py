@@ -18,9 +18,10 @@ from fquant.checks import (
     as_broadcastable,
     compute_dtype,
     require_floating,
+    require_positive,
     values_readable,
 )
-from fquant.formats import Format
+from fquant.formats import Format, require_format
 from fquant.granularity import spread
 from fquant.packing import PackedTensor, unpack
 from fquant.records import QTensor, lifts_to_features
@@ -59,7 +60,8 @@ def quantize(
         QTensor with `q` of dtype `spec.dtype` and x's shape.
 
     Raises:
-        TypeError: x is not a floating-point tensor, scale or zero_point not a number or tensor.
+        TypeError: x is not a floating-point tensor, scale or zero_point not a number or tensor, spec
+            not a Format.
         ValueError: scale or zero_point does not meet x, or is on another device; a zero_point for a
             grid that is not of integers; noise or a generator without stochastic rounding, or that
             without them; scale is not positive, or zero_point not on the grid (checked in eager
@@ -172,9 +174,9 @@ def _scale_and_zero_point(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns scale and zero point as floats of the dtype the arithmetic is done in."""
     require_floating(function, "x", x)
+    require_format(function, spec)
     step = as_broadcastable(function, "scale", scale, x, compute_dtype(x))
-    if values_readable(step) and bool((step <= 0).any()):
-        raise ValueError(f"{function}: scale must be positive, got {step.min().item()}.")
+    require_positive(function, "scale", step)
     if zero_point is None:
         return step, None
     if not isinstance(spec, QuantSpec):

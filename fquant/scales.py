@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from fquant.binades import exponent_of, power_of_two
-from fquant.checks import compute_dtype, divide, require_floating, values_readable
-from fquant.formats import E4M3, Format
+from fquant.checks import (
+    compute_dtype,
+    divide,
+    require_floating,
+    require_int,
+    require_not_negative,
+    values_readable,
+)
+from fquant.formats import Format, require_format
 from fquant.granularity import groups
+from fquant.presets import E4M3
 from fquant.spec import INT8, QuantSpec
 
 # E8M0, a scale of 8 exponent bits, holds 2^-127 to 2^127 and NaN (OCP MX v1.0, section 5.4.1).
@@ -69,23 +77,25 @@ def compute_scale(
     exact zeros. float32, or float64 for a float64 amax; the shape of amax.
 
     Args:
-        amax: largest magnitude per group, not negative.
+        amax: largest magnitude per group, not negative; NaN gives a NaN step.
         spec: the grid.
         bound: what amax maps to on an integer grid: "q_max"; "edge", `q_max + 1/2`, the end of the
             last integer's cell; or "full", `q_max + 1`. The last two clip up to a step.
-        scale_bits: exponent bits of the scale under the power-of-two rules.
+        scale_bits: exponent bits of the scale under the power-of-two rules, 2 to 8.
 
     Raises:
-        TypeError: amax is not a floating-point tensor.
-        ValueError: amax is negative (checked in eager code); an unknown bound, or one other than
-            "q_max" for a grid that is not of integers.
+        TypeError: amax is not a floating-point tensor, or spec not a Format.
+        ValueError: scale_bits out of range; amax is negative (checked in eager code); an unknown bound,
+            or one other than "q_max" for a grid that is not of integers.
 
     Example:
         >>> compute_scale(torch.tensor([127.0, 0.0]))
         tensor([1., 1.])
     """
     require_floating("compute_scale", "amax", amax)
-    _require_not_negative("compute_scale", amax)
+    require_not_negative("compute_scale", "amax", amax)
+    require_format("compute_scale", spec)
+    require_int("compute_scale", "scale_bits", scale_bits, 2, SCALE_BITS)
     if bound not in BOUNDS or (bound != "q_max" and not isinstance(spec, QuantSpec)):
         raise ValueError(
             f"compute_scale: bound must be one of {list(BOUNDS)}, and 'q_max' for a grid that is not "
@@ -104,13 +114,14 @@ def compute_scale_zero_point(
         scale = (max(maximum, 0) - min(minimum, 0)) / (q_max - q_min)
         zero_point = saturate(round_half_even(q_min - min(minimum, 0) / scale))
 
-    The range is widened to hold 0, so that 0.0 is on the grid exactly. An empty range gives scale 1.
+    The range is widened to hold 0, so that 0.0 is on the grid exactly. An empty range gives scale 1, a
+    NaN end a NaN scale.
 
     Returns:
         scale float32 (float64 for float64), zero_point of dtype int32, both of the shape of minimum.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an end is not a floating-point tensor, or spec not a QuantSpec.
         ValueError: shapes differ, or minimum > maximum (checked in eager code).
 
     Example:
@@ -122,6 +133,8 @@ def compute_scale_zero_point(
     """
     require_floating("compute_scale_zero_point", "minimum", minimum)
     require_floating("compute_scale_zero_point", "maximum", maximum)
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"compute_scale_zero_point: spec must be a QuantSpec, got {spec!r}.")
     if minimum.shape != maximum.shape:
         raise ValueError(
             "compute_scale_zero_point: maximum must have the shape of minimum, "
@@ -135,7 +148,8 @@ def compute_scale_zero_point(
     low = minimum.to(compute_dtype(minimum)).clamp(max=0.0)
     high = maximum.to(compute_dtype(minimum)).clamp(min=0.0)
     scale = _usable(divide(high - low, spec.q_max - spec.q_min))
-    zero_point = (spec.q_min - low / scale).round().clamp(spec.q_min, spec.q_max)
+    zero_point = (spec.q_min - low / scale).nan_to_num(0.0).round()
+    zero_point = zero_point.clamp(spec.q_min, spec.q_max)
     return scale, zero_point.to(torch.int32)
 
 
@@ -154,7 +168,7 @@ def two_level_scales(amax: Tensor, q_max: float = 6.0) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: amax is not a floating-point tensor.
-        ValueError: amax is negative (checked in eager code).
+        ValueError: q_max is not positive; amax is negative (checked in eager code).
 
     Example:
         >>> block, tensor = two_level_scales(torch.tensor([1.0, 2688.0]))
@@ -165,7 +179,9 @@ def two_level_scales(amax: Tensor, q_max: float = 6.0) -> tuple[Tensor, Tensor]:
         NVIDIA, "Pretraining large language models with NVFP4", 2025, arXiv 2509.25149, appendix.
     """
     require_floating("two_level_scales", "amax", amax)
-    _require_not_negative("two_level_scales", amax)
+    require_not_negative("two_level_scales", "amax", amax)
+    if not q_max > 0:
+        raise ValueError(f"two_level_scales: q_max must be positive, got {q_max}.")
     amax = amax.detach().to(compute_dtype(amax))
     if amax.numel() == 0:
         return amax.clone(), amax.new_ones(())
@@ -176,11 +192,6 @@ def two_level_scales(amax: Tensor, q_max: float = 6.0) -> tuple[Tensor, Tensor]:
     blocks = E4M3.snap(divide(amax, q_max) / tensor_scale)
     smallest = 2.0 ** (E4M3.lowest_exponent - E4M3.man)
     return torch.where(amax > 0, blocks.clamp(min=smallest), 1.0), tensor_scale
-
-
-def _require_not_negative(function: str, amax: Tensor) -> None:
-    if values_readable(amax) and bool((amax < 0).any()):
-        raise ValueError(f"{function}: amax must not be negative, got {amax.min().item()}.")
 
 
 def _step(amax: Tensor, q_max: float, rule: str, scale_bits: int = SCALE_BITS) -> Tensor:

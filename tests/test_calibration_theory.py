@@ -123,7 +123,7 @@ def test_std_from_the_range_alone():
     ("call", "message"),
     [
         (lambda: fq.aciq_multiplier(8, "cauchy"), r"distribution must be one of.*got 'cauchy'"),
-        (lambda: fq.aciq_multiplier(40), "num_bits must be from 0 to 17, got 40"),
+        (lambda: fq.aciq_multiplier(40), "num_bits must be an integer from 0 to 17, got 40"),
         (lambda: fq.aciq_amax(ON_GAUSS, fq.E4M3), "spec must be a QuantSpec"),
         (lambda: fq.gaussian_std_from_range(0.0, 1.0, 1), "num_values must be at least 2"),
     ],

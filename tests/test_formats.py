@@ -185,8 +185,8 @@ ONES = torch.ones(2)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: fq.FloatFormat(9, 2), ValueError, "exp must be from 1 to 8, got 9"),
-        (lambda: fq.FloatFormat(4, 12), ValueError, "man must be from 0 to 10"),
+        (lambda: fq.FloatFormat(9, 2), ValueError, "exp must be an integer from 1 to 8, got 9"),
+        (lambda: fq.FloatFormat(4, 12), ValueError, "man must be an integer from 0 to 10"),
         (lambda: fq.FloatFormat(4, 3, finite="some"), ValueError, "finite must be one of"),
         (lambda: fq.FloatFormat(8, 7, finite="all"), ValueError, "bias must keep the largest"),
         (lambda: fq.FloatFormat(1, 2), ValueError, "bias must leave normal numbers"),

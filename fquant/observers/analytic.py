@@ -7,8 +7,9 @@ import math
 
 from torch import Tensor
 
+from fquant.checks import require_int
 from fquant.formats import Format
-from fquant.observers.bins import Histogram, middles_in_bins
+from fquant.observers.bins import Histogram, middles_in_bins, require_histogram
 from fquant.spec import INT8, QuantSpec
 
 DISTRIBUTIONS = ("gauss", "laplace")
@@ -39,8 +40,7 @@ def aciq_multiplier(num_bits: int, distribution: str = "gauss") -> float:
             f"aciq_multiplier: distribution must be one of {list(DISTRIBUTIONS)}, "
             f"got {distribution!r}."
         )
-    if not 0 <= num_bits <= 17:
-        raise ValueError(f"aciq_multiplier: num_bits must be from 0 to 17, got {num_bits}.")
+    require_int("aciq_multiplier", "num_bits", num_bits, 0, 17)
     rounding = 1 / (3 * 4.0**num_bits)
 
     def slope(alpha: float) -> float:
@@ -63,7 +63,7 @@ def gaussian_std_from_range(minimum: float, maximum: float, num_values: int) -> 
         (maximum - minimum) * 0.175 * (1 + sqrt(pi ln 4)) / sqrt(2 ln num_values)
 
     Raises:
-        ValueError: fewer than 2 values.
+        ValueError: fewer than 2 values, or maximum below minimum.
 
     References:
         The code that accompanies arXiv 1810.05723.
@@ -71,6 +71,10 @@ def gaussian_std_from_range(minimum: float, maximum: float, num_values: int) -> 
     if num_values < 2:
         raise ValueError(
             f"gaussian_std_from_range: num_values must be at least 2, got {num_values}."
+        )
+    if not minimum <= maximum:
+        raise ValueError(
+            f"gaussian_std_from_range: maximum must not be below minimum, got {minimum} and {maximum}."
         )
     constant = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))
     return (maximum - minimum) * constant / math.sqrt(2 * math.log(num_values))
@@ -85,6 +89,7 @@ def aciq_amax(histogram: Histogram, spec: Format = INT8, distribution: str = "ga
     Raises:
         ValueError: another distribution; a grid that is not of integers.
     """
+    require_histogram("aciq_amax", histogram)
     bits = _integer_bits("aciq_amax", spec)
     counts, middles = histogram.counts.double(), middles_in_bins(histogram)
     total = counts.sum(-1).clamp(min=1.0)
@@ -111,6 +116,8 @@ def octav_amax(histogram: Histogram, spec: Format = INT8, *, iterations: int = 4
     References:
         Sakr et al. 2022, arXiv 2206.06501, equation 6.
     """
+    require_histogram("octav_amax", histogram)
+    require_int("octav_amax", "iterations", iterations, 1, None)
     noise = 4.0 ** -_integer_bits("octav_amax", spec) / 3
     counts, middles = histogram.counts.double(), middles_in_bins(histogram)
     left = middles - 0.5

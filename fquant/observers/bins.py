@@ -19,6 +19,22 @@ class Histogram(NamedTuple):
     width: Tensor
 
 
+def require_histogram(function: str, histogram: object) -> None:
+    """Raises unless this is a histogram: integer counts of one bin or more, a width for each group."""
+    if not isinstance(histogram, Histogram):
+        raise TypeError(
+            f"{function}: histogram must be a Histogram, got {type(histogram).__name__}."
+        )
+    counts, width = histogram
+    if counts.is_floating_point() or counts.is_complex():
+        raise TypeError(f"{function}: counts must be integers, got {counts.dtype}.")
+    if counts.ndim == 0 or counts.shape[-1] == 0 or counts.shape[:-1] != width.shape:
+        raise ValueError(
+            f"{function}: counts must have the shape of width, {tuple(width.shape)}, and an axis of "
+            f"one bin or more, got {tuple(counts.shape)}."
+        )
+
+
 def middles_in_bins(histogram: Histogram) -> Tensor:
     """Returns the middle of each bin, in bins, float64."""
     bins = histogram.counts.shape[-1]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fquant.binades import exponent_of, power_of_two
-from fquant.checks import compute_dtype, require_floating, values_readable
+from fquant.checks import compute_dtype, require_floating, require_int, values_readable
 from fquant.formats import Format
 from fquant.granularity import groups
-from fquant.observers.base import report_nonfinite, require_same_shape, require_seen
+from fquant.observers.base import report_nonfinite, require_same_shape, require_seen, require_state
 from fquant.observers.bins import Histogram
 from fquant.observers.readout import read_amax, require_method
 from fquant.spec import INT8
@@ -84,7 +84,8 @@ class HistogramObserver:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        if not MIN_BINS <= self.num_bins <= MAX_BINS or self.num_bins & (self.num_bins - 1):
+        require_int("HistogramObserver", "num_bins", self.num_bins, MIN_BINS, MAX_BINS)
+        if self.num_bins & (self.num_bins - 1):
             raise ValueError(
                 f"HistogramObserver: num_bins must be a power of two from {MIN_BINS} to {MAX_BINS}, "
                 f"got {self.num_bins}."
@@ -97,12 +98,15 @@ class HistogramObserver:
         return HistogramState(exponent, torch.zeros(self.num_bins, dtype=torch.int64), zero, zero)
 
     def update(self, state: HistogramState, x: Tensor) -> HistogramState:
+        require_state("HistogramObserver.update", state, HistogramState)
         require_floating("HistogramObserver.update", "x", x)
         return self.merge(state, self._count(x.detach()), "update")
 
     def merge(
         self, a: HistogramState, b: HistogramState, function: str = "merge"
     ) -> HistogramState:
+        require_state("HistogramObserver.merge", a, HistogramState)
+        require_state("HistogramObserver.merge", b, HistogramState)
         require_same_shape(f"HistogramObserver.{function}", a.exponent, b.exponent)
         exponent = torch.maximum(a.exponent, b.exponent)
         return HistogramState(
@@ -118,6 +122,7 @@ class HistogramObserver:
         Raises:
             ValueError: a group has seen no finite value.
         """
+        require_state("HistogramObserver.histogram", state, HistogramState)
         seen = state.counts.sum(-1) + state.num_zeros
         require_seen("HistogramObserver.histogram", seen)
         report_nonfinite(state.num_nonfinite, seen)

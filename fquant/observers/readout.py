@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fquant.formats import require_format
 from fquant.observers.analytic import aciq_amax, octav_amax
-from fquant.observers.bins import Histogram
+from fquant.observers.bins import Histogram, require_histogram
 from fquant.observers.search import entropy_amax, mse_amax, require_search, sqnr_amax
+from fquant.spec import QuantSpec
 
 METHODS = ("percentile", "entropy", "mse", "l2", "sqnr", "aciq_gauss", "aciq_laplace", "octav")
 
@@ -25,6 +27,11 @@ def require_method(owner: str, options: Any) -> None:
     """Raises ValueError unless an observer's method, percentile, start_bin and stride are usable."""
     if options.method not in METHODS:
         raise ValueError(f"{owner}: method must be one of {list(METHODS)}, got {options.method!r}.")
+    if options.method.startswith(("aciq", "octav")) and not isinstance(options.spec, QuantSpec):
+        raise ValueError(
+            f"{owner}: spec must be a QuantSpec for {options.method!r}, got {options.spec}."
+        )
+    require_format(owner, options.spec)
     _require_percentile(owner, options.percentile)
     require_search(owner, options.start_bin, options.stride)
 
@@ -62,6 +69,7 @@ def percentile_amax(histogram: Histogram, percentile: float = 99.99) -> Tensor:
     References:
         pytorch-quantization, `calib/histogram.py`.
     """
+    require_histogram("percentile_amax", histogram)
     _require_percentile("percentile_amax", percentile)
     counts = histogram.counts.double()
     share = (counts / counts.sum(-1, keepdim=True).clamp(min=1.0)).cumsum(-1)
@@ -70,5 +78,7 @@ def percentile_amax(histogram: Histogram, percentile: float = 99.99) -> Tensor:
 
 
 def _require_percentile(owner: str, percentile: float) -> None:
+    if not isinstance(percentile, int | float):
+        raise TypeError(f"{owner}: percentile must be a number, got {percentile!r}.")
     if not 0 <= percentile <= 100:
         raise ValueError(f"{owner}: percentile must be in [0, 100], got {percentile}.")

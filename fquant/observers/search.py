@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from fquant.formats import Format
-from fquant.observers.bins import Histogram, per_group
+from fquant.checks import require_int
+from fquant.formats import Format, require_format
+from fquant.observers.bins import Histogram, per_group, require_histogram
 from fquant.spec import INT8
 
 
@@ -31,6 +32,8 @@ def entropy_amax(
     References:
         Migacz 2017, "8-bit inference with TensorRT"; pytorch-quantization, `calib/histogram.py`.
     """
+    require_histogram("entropy_amax", histogram)
+    require_format("entropy_amax", spec)
     require_search("entropy_amax", start_bin, stride)
     coarse = 1 << (spec.num_bits - 1 + int(getattr(spec, "unsigned", False)))
     bins = histogram.counts.shape[-1]
@@ -72,7 +75,11 @@ def mse_amax(
     References:
         Uniform density in a bin: torch.ao's HistogramObserver ("L2").
     """
+    require_histogram("mse_amax", histogram)
+    require_format("mse_amax", spec)
     require_search("mse_amax", start_bin, stride)
+    if not clip_weight >= 0:
+        raise ValueError(f"mse_amax: clip_weight must not be negative, got {clip_weight}.")
     levels = spec.levels().to(histogram.counts.device)
     between = (levels[1:] + levels[:-1]) / 2
     starts = torch.cat([between.new_zeros(1), between])
@@ -122,10 +129,9 @@ def sqnr_amax(
 
 def require_search(owner: str, start_bin: int | None, stride: int) -> None:
     """Raises ValueError unless the first candidate and the stride are usable."""
-    if stride < 1:
-        raise ValueError(f"{owner}: stride must be at least 1, got {stride}.")
-    if start_bin is not None and start_bin < 1:
-        raise ValueError(f"{owner}: start_bin must be at least 1, got {start_bin}.")
+    require_int(owner, "stride", stride, 1, None)
+    if start_bin is not None:
+        require_int(owner, "start_bin", start_bin, 1, None)
 
 
 def _divergences(counts: Tensor, candidates: Tensor, coarse: int) -> Tensor:
