@@ -16,6 +16,7 @@ PRESETS = {
     "QPYTORCH_E4M3": fq.QPYTORCH_E4M3,
     "E1M2": fq.FloatFormat(1, 2, finite="all"),
     "E3M0": fq.FloatFormat(3, 0, finite="all"),
+    "E3M0FN": fq.FloatFormat(3, 0, finite="fn"),
     "E3M4": fq.FloatFormat(3, 4),
     "E4M3IEEE": fq.FloatFormat(4, 3),
     "E4M3B11FNUZ": fq.FloatFormat(4, 3, bias=11, finite="fnuz"),

@@ -49,7 +49,7 @@ def test_rounding_by_brute_force(spec):
     values = all_values(spec)[1]
     grid = values[values.isfinite() & (values <= spec.q_max) & (values >= spec.q_min)].unique()
     ties = {"half_even": even_code(spec), "half_away": away, "nearest": min}[spec.rounding]
-    if spec == PRESETS["E3M0"]:
+    if getattr(spec, "man", None) == 0:
         ties = up_from_powers
     if not getattr(spec, "subnormals", True):
         grid = grid[(grid == 0) | (grid.abs() >= 2.0**spec.lowest_exponent)]

@@ -83,6 +83,21 @@ def test_special_values():
     assert fq.fake_quantize(tiny, 1.0, spec=fq.BF16).tolist() == tiny.bfloat16().float().tolist()
 
 
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        (fq.E4M3, 0x7F),
+        (fq.E5M2, 0x7E),
+        (fq.E5M2FNUZ, 0x80),
+        (fq.FP16, 0x7E00),
+        (fq.BF16, 0x7FC0),
+        (fq.E2M1, 0),
+    ],
+)
+def test_nan_has_the_code_of_ml_dtypes_and_ieee_754(spec, code):
+    assert spec.encode(torch.tensor(NAN)).item() == code
+
+
 # quantization.md 5.6.
 @pytest.mark.parametrize(
     ("spec", "largest", "smallest_normal"),

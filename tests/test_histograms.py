@@ -165,7 +165,10 @@ FIXED = fq.FixedWidthHistogramObserver(num_bins=4)
             "one width of bins, 0.25, got 0.5",
         ),
         (lambda: fq.FixedWidthHistogramObserver(width=-1.0), "width must be positive"),
-        (lambda: fq.FixedWidthHistogramObserver(num_bins=1), "num_bins must be an integer of at least 2"),
+        (
+            lambda: fq.FixedWidthHistogramObserver(num_bins=1),
+            "num_bins must be an integer of at least 2",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

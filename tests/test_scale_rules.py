@@ -124,6 +124,14 @@ def test_power_of_two_scale_is_the_smallest_that_reaches(amax, spec):
     assert scale * spec.q_max >= amax > scale / 2 * spec.q_max
 
 
+@pytest.mark.parametrize("exponent", [-127, -126, 0, 100])
+def test_power_of_two_scale_of_what_it_reaches_exactly(exponent):
+    for rule in ("power_of_two", "power_of_two_floor"):
+        spec = dataclasses.replace(fq.E2M1, scale_rule=rule)
+        scale = fq.compute_scale(torch.tensor(6 * 2.0**exponent), spec)
+        assert scale.item() == 2.0**exponent
+
+
 def test_extreme_and_zero_blocks():
     x = torch.tensor([0.0, 0.0, 1e-45, 0.0, 2.0**-127, 0.0, 3e38, 0.0])
     for rule in ("power_of_two", "power_of_two_floor"):
