@@ -9,14 +9,7 @@
 """
 
 from fquant import graph, sparse
-from fquant.affine import (
-    compute_amax,
-    compute_scale,
-    compute_scale_zero_point,
-    dequantize,
-    fake_quantize,
-    quantize,
-)
+from fquant.affine import dequantize, fake_quantize, quantize
 from fquant.amax_quant import (
     fake_affine_tensor_quant,
     fake_tensor_quant,
@@ -28,23 +21,7 @@ from fquant.calibration import calibrate, merge_stats, observed_amax
 from fquant.codebook import NF4, Codebook
 from fquant.distributed import merge_stats_over_ranks
 from fquant.equalization import equalize, equalize_layers
-from fquant.formats import (
-    BF16,
-    E2M1,
-    E2M3,
-    E3M2,
-    E4M3,
-    E4M3FNUZ,
-    E5M2,
-    E5M2FNUZ,
-    FP16,
-    NVFP4,
-    QPYTORCH_E4M3,
-    QPYTORCH_E5M2,
-    QPYTORCH_FP16,
-    FloatFormat,
-    Format,
-)
+from fquant.formats import FloatFormat, Format
 from fquant.gradient_formats import fake_quantize_both, fake_quantize_gradient
 from fquant.graph import export_qdq, lower, prepack, to_onnx
 from fquant.interception.ops import DEFAULT_OPS, Ops, register_op, replace_forward
@@ -79,6 +56,21 @@ from fquant.packing import PackedTensor, pack, unpack
 from fquant.params import dequantize_params, fake_quant_params, param_scales, quantize_params
 from fquant.plan import Operand, Plan, Site, skip_first_and_last
 from fquant.planning import make_plan
+from fquant.presets import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FP16,
+    NVFP4,
+    QPYTORCH_E4M3,
+    QPYTORCH_E5M2,
+    QPYTORCH_FP16,
+)
 from fquant.pytree import split_floating
 from fquant.qat import FineTuning, fine_tuning, fine_tuning_with_divisors, refreshed
 from fquant.qstate import finalize, qstate_names, split_qstate
@@ -93,7 +85,12 @@ from fquant.recipes import (
 from fquant.records import QTensor
 from fquant.rounding import round_to_integer
 from fquant.rules import Rule, UnusedRuleWarning, assign_specs
-from fquant.scale_rules import two_level_scales
+from fquant.scales import (
+    compute_amax,
+    compute_scale,
+    compute_scale_zero_point,
+    two_level_scales,
+)
 from fquant.search import search_scales
 from fquant.serialization import load, save
 from fquant.spec import QuantSpec

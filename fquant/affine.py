@@ -10,8 +10,6 @@ the amax forms. The two differ by one step on rare values next to a tie, because
 `amax / q_max` where the other multiplies by `q_max / amax`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,150 +17,17 @@ from fquant import eager_fake_quantize
 from fquant.checks import (
     as_broadcastable,
     compute_dtype,
-    divide,
     require_floating,
+    require_positive,
     values_readable,
 )
-from fquant.formats import Format
-from fquant.granularity import groups, spread
+from fquant.formats import Format, require_format
+from fquant.granularity import spread
 from fquant.packing import PackedTensor, unpack
 from fquant.records import QTensor, lifts_to_features
 from fquant.rounding import uniform_noise
-from fquant.scale_rules import SCALE_BITS, step_of
 from fquant.spec import INT8, QuantSpec
 from fquant.straight_through import clipped_straight_through
-
-
-def compute_amax(
-    x: Tensor,
-    axis: int | Sequence[int] | None = None,
-    block: int | Sequence[int] | None = None,
-) -> Tensor:
-    """Returns the largest absolute value of x, per group; no gradient flows through it.
-
-    Args:
-        x: any shape; an empty group has amax 0; NaN gives NaN.
-        axis: the axis or axes that are KEPT (`torch.amax(dim=)` names those removed); None for one
-            value per tensor.
-        block: how many neighbours along a kept axis share a value, one number or one per kept
-            axis; None for 1. `axis=(0, 1), block=(1, 32)`: groups of 32 along axis 1.
-
-    Returns:
-        amax in units of x: 0-d for `axis=None`, otherwise of x's rank with size 1 where reduced, so
-        that it broadcasts against x (blocks: see `fquant.granularity`).
-
-    Raises:
-        TypeError: x is not a floating-point tensor.
-        ValueError: an axis is out of range or named twice; a block does not divide its axis.
-
-    Example:
-        >>> compute_amax(torch.tensor([[1.0, -3.0], [0.5, 2.0]]), axis=0)
-        tensor([[3.],
-                [2.]])
-        >>> compute_amax(torch.tensor([1.0, -3.0, 0.5, 2.0]), axis=0, block=2)
-        tensor([3., 2.])
-    """
-    require_floating("compute_amax", "x", x)
-    magnitude = x.detach().abs()
-    if axis is None:
-        if block is not None:
-            raise ValueError(f"compute_amax: block must be None without an axis, got {block}.")
-        return magnitude.amax() if x.numel() > 0 else x.new_zeros(())
-    parts = groups("compute_amax", magnitude, axis, block)
-    if x.numel() == 0:
-        return x.new_zeros(parts.shape)
-    if not parts.reduced:
-        return magnitude
-    return parts.x.amax(dim=parts.reduced).reshape(parts.shape)
-
-
-BOUNDS = {"q_max": 0.0, "edge": 0.5, "full": 1.0}
-
-
-def compute_scale(
-    amax: Tensor, spec: Format = INT8, bound: str = "q_max", scale_bits: int = SCALE_BITS
-) -> Tensor:
-    """Returns the step of a symmetric grid that reaches amax: `amax / q_max`, by `spec.scale_rule`.
-
-    amax = 0, and any amax whose step would be denormal, gives scale 1: an all-zero group becomes
-    exact zeros. float32, or float64 for a float64 amax; the shape of amax.
-
-    Args:
-        amax: largest magnitude per group, not negative.
-        spec: the grid.
-        bound: what amax maps to on an integer grid: "q_max"; "edge", `q_max + 1/2`, the end of the
-            last integer's cell; or "full", `q_max + 1`. The last two clip up to a step.
-        scale_bits: exponent bits of the scale under the power-of-two rules.
-
-    Raises:
-        TypeError: amax is not a floating-point tensor.
-        ValueError: amax is negative (checked in eager code); an unknown bound, or one other than
-            "q_max" for a grid that is not of integers.
-
-    Example:
-        >>> compute_scale(torch.tensor([127.0, 0.0]))
-        tensor([1., 1.])
-    """
-    require_floating("compute_scale", "amax", amax)
-    if values_readable(amax) and bool((amax < 0).any()):
-        raise ValueError(f"compute_scale: amax must not be negative, got {amax.min().item()}.")
-    if bound not in BOUNDS or (bound != "q_max" and not isinstance(spec, QuantSpec)):
-        raise ValueError(
-            f"compute_scale: bound must be one of {list(BOUNDS)}, and 'q_max' for a grid that is not "
-            f"of integers, got {bound!r}."
-        )
-    wide = amax.to(compute_dtype(amax))
-    step = step_of(wide, spec.q_max + BOUNDS[bound], spec.scale_rule, scale_bits)
-    return _usable(step, spec.scale_rule)
-
-
-def compute_scale_zero_point(
-    minimum: Tensor, maximum: Tensor, spec: QuantSpec = INT8
-) -> tuple[Tensor, Tensor]:
-    """Returns (scale, zero_point) of an asymmetric grid over [minimum, maximum].
-
-        scale = (max(maximum, 0) - min(minimum, 0)) / (q_max - q_min)
-        zero_point = saturate(round_half_even(q_min - min(minimum, 0) / scale))
-
-    The range is widened to hold 0, so that 0.0 is on the grid exactly. An empty range gives scale 1.
-
-    Returns:
-        scale float32 (float64 for float64), zero_point of dtype int32, both of the shape of minimum.
-
-    Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes differ, or minimum > maximum (checked in eager code).
-
-    Example:
-        >>> compute_scale_zero_point(torch.tensor(-1.0), torch.tensor(1.55))
-        (tensor(0.0100), tensor(-28, dtype=torch.int32))
-
-    References:
-        ONNX operator DynamicQuantizeLinear.
-    """
-    require_floating("compute_scale_zero_point", "minimum", minimum)
-    require_floating("compute_scale_zero_point", "maximum", maximum)
-    if minimum.shape != maximum.shape:
-        raise ValueError(
-            "compute_scale_zero_point: maximum must have the shape of minimum, "
-            f"{tuple(minimum.shape)}, got {tuple(maximum.shape)}."
-        )
-    if values_readable(minimum, maximum) and bool((minimum > maximum).any()):
-        raise ValueError(
-            "compute_scale_zero_point: minimum must not be above maximum, "
-            f"got {minimum.tolist()} and {maximum.tolist()}."
-        )
-    low = minimum.to(compute_dtype(minimum)).clamp(max=0.0)
-    high = maximum.to(compute_dtype(minimum)).clamp(min=0.0)
-    scale = _usable(divide(high - low, spec.q_max - spec.q_min))
-    zero_point = (spec.q_min - low / scale).round().clamp(spec.q_min, spec.q_max)
-    return scale, zero_point.to(torch.int32)
-
-
-def _usable(scale: Tensor, rule: str = "real") -> Tensor:
-    # Powers of two stay exact down to 2^-127, the lowest that E8M0 holds.
-    tiny = 2.0**-127 if rule.startswith("power_of_two") else torch.finfo(scale.dtype).tiny
-    return torch.where(scale < tiny, 1.0, scale)
 
 
 @lifts_to_features
@@ -195,7 +60,8 @@ def quantize(
         QTensor with `q` of dtype `spec.dtype` and x's shape.
 
     Raises:
-        TypeError: x is not a floating-point tensor, scale or zero_point not a number or tensor.
+        TypeError: x is not a floating-point tensor, scale or zero_point not a number or tensor, spec
+            not a Format.
         ValueError: scale or zero_point does not meet x, or is on another device; a zero_point for a
             grid that is not of integers; noise or a generator without stochastic rounding, or that
             without them; scale is not positive, or zero_point not on the grid (checked in eager
@@ -308,9 +174,9 @@ def _scale_and_zero_point(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns scale and zero point as floats of the dtype the arithmetic is done in."""
     require_floating(function, "x", x)
+    require_format(function, spec)
     step = as_broadcastable(function, "scale", scale, x, compute_dtype(x))
-    if values_readable(step) and bool((step <= 0).any()):
-        raise ValueError(f"{function}: scale must be positive, got {step.min().item()}.")
+    require_positive(function, "scale", step)
     if zero_point is None:
         return step, None
     if not isinstance(spec, QuantSpec):

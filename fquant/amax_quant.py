@@ -14,9 +14,10 @@ from fquant.checks import (
     compute_dtype,
     divide,
     require_floating,
+    require_not_negative,
     values_readable,
 )
-from fquant.formats import E4M3
+from fquant.presets import E4M3
 from fquant.records import lifts_to_features
 from fquant.straight_through import straight_through
 
@@ -107,6 +108,10 @@ def tensor_quant(
         pytorch-quantization user guide, "Basic Functionalities"; arXiv 1308.3432.
     """
     wide, limit = _checked("tensor_quant", inputs, amax, num_bits, unsigned)
+    if output_dtype is not None and not isinstance(output_dtype, torch.dtype):
+        raise TypeError(
+            f"tensor_quant: output_dtype must be a torch.dtype or None, got {output_dtype!r}."
+        )
     limit = limit.detach()
     levels, scale = _levels(wide.detach(), limit, num_bits, unsigned, narrow_range)
     lowest = torch.zeros_like(limit) if unsigned else -limit
@@ -216,8 +221,7 @@ def _checked(
     _require_num_bits(function, num_bits)
     dtype = compute_dtype(inputs)
     limit = as_broadcastable(function, "amax", amax, inputs, dtype)
-    if values_readable(limit) and bool((limit < 0).any()):
-        raise ValueError(f"{function}: amax must not be negative, got {limit.min().item()}.")
+    require_not_negative(function, "amax", limit)
     if unsigned and values_readable(inputs) and bool((inputs < 0).any()):
         raise ValueError(
             f"{function}: inputs must not be negative when unsigned=True, "

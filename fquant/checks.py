@@ -35,6 +35,27 @@ def require_floating(function: str, argument: str, value: object) -> None:
         raise TypeError(f"{requirement}, got dtype {value.dtype}.")
 
 
+def require_int(function: str, argument: str, value: object, low: int, high: int | None) -> None:
+    """Raises ValueError unless `value` is an integer from `low` to `high` (None: without end)."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < low or (high is not None and value > high):  # type: ignore[operator]
+        end = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{function}: {argument} must be an integer {end}, got {value!r}.")
+
+
+def require_positive(function: str, argument: str, value: Tensor) -> None:
+    """Raises ValueError if a value is 0 or negative; not checked where values cannot be read."""
+    if values_readable(value) and bool((value <= 0).any()):
+        raise ValueError(f"{function}: {argument} must be positive, got {value.min().item()}.")
+
+
+def require_not_negative(function: str, argument: str, value: Tensor) -> None:
+    """Raises ValueError if a value is negative; not checked where values cannot be read."""
+    if values_readable(value) and bool((value < 0).any()):
+        least = value[value < 0].min().item()
+        raise ValueError(f"{function}: {argument} must not be negative, got {least}.")
+
+
 def as_broadcastable(
     function: str, argument: str, value: Tensor | float, inputs: Tensor, dtype: torch.dtype
 ) -> Tensor:

@@ -1,10 +1,12 @@
 """`Codebook`: a grid given by the list of its values; NF4."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fquant.granularity import require_granularity
 from fquant.pytree import constant
 from fquant.scale_rules import require_scale_rule
 
@@ -15,14 +17,15 @@ class Codebook:
     """A grid of arbitrary values; code i stands for `values[i]`. A tie goes to the lower value.
 
     Attributes:
-        values: ascending, at most 256, in units of the scale.
+        values: ascending, finite, 2 to 256, the last one positive, in units of the scale.
         axis: the axis or axes that keep a scale of their own; None for one scale per tensor.
         block: how many neighbours along a kept axis share a scale; None for 1.
         scale_rule: how `compute_scale` turns amax into the scale (`fquant.scale_rules`).
         rounding: only "nearest": there is no other rounding to a list of values.
 
     Raises:
-        ValueError: values do not ascend, or are too many or too few; another rounding.
+        TypeError: values are not a tuple of numbers.
+        ValueError: values do not ascend, are too many or too few; another rounding.
 
     Example:
         >>> fquant.quantize(torch.tensor([0.9, -0.3, 0.05]), 1.0, spec=Codebook((-1.0, 0.0, 1.0))).q
@@ -36,11 +39,18 @@ class Codebook:
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, tuple) or not all(
+            isinstance(v, int | float) for v in self.values
+        ):
+            raise TypeError(f"Codebook: values must be a tuple of numbers, got {self.values!r}.")
         ascending = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
-        if not ascending or not 2 <= len(self.values) <= 256:
+        finite = all(math.isfinite(v) for v in self.values)
+        if not ascending or not finite or not 2 <= len(self.values) <= 256 or self.q_max <= 0:
             raise ValueError(
-                f"Codebook: values must be 2 to 256 ascending numbers, got {self.values}."
+                "Codebook: values must be 2 to 256 ascending finite numbers, the last one positive, "
+                f"got {self.values}."
             )
+        require_granularity("Codebook", self.axis, self.block)
         if self.rounding != "nearest":
             raise ValueError(f"Codebook: rounding must be 'nearest', got {self.rounding!r}.")
         require_scale_rule("Codebook", self.scale_rule)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fquant.affine import compute_amax, compute_scale
 from fquant.plan import Operand, Plan, Site
 from fquant.qstate import State
+from fquant.scales import compute_amax, compute_scale
 
 # Channels that are always zero have no range to share; their factor must not be zero either.
 SMALLEST = 1e-5

@@ -1,4 +1,4 @@
-"""`FloatFormat`: floating-point grids of any width, and the presets people call by name.
+"""What a format is, and `FloatFormat`: floating-point grids of any width.
 
 A format describes values in units of the step; the scale is apart, as for integers:
 `x ~= value * scale`. With scale 1 it is a plain cast.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fquant.binades import binade, exponent_of, power_of_two
+from fquant.checks import require_int
+from fquant.granularity import require_granularity
 from fquant.pytree import constant
 from fquant.rounding import require_rounding, round_to_integer
 from fquant.scale_rules import require_scale_rule
@@ -72,6 +74,14 @@ class Format(Protocol):
         """Returns the values that are not negative, ascending, float64."""
 
 
+def require_format(function: str, spec: object) -> None:
+    """Raises TypeError unless spec is a grid."""
+    if not hasattr(spec, "snap") or not hasattr(spec, "levels"):
+        raise TypeError(
+            f"{function}: spec must be a QuantSpec, FloatFormat or other Format, got {spec!r}."
+        )
+
+
 @constant
 @dataclass(frozen=True)
 class FloatFormat:
@@ -123,12 +133,11 @@ class FloatFormat:
     scale_rule: str = "real"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.exp <= 8:
-            raise ValueError(f"FloatFormat: exp must be from 1 to 8, got {self.exp!r}.")
-        if not 0 <= self.man <= 10 or self.exp + self.man > 15:
-            raise ValueError(
-                f"FloatFormat: man must be from 0 to 10 and exp + man at most 15, got {self.man!r}."
-            )
+        require_int("FloatFormat", "exp", self.exp, 1, 8)
+        require_int("FloatFormat", "man", self.man, 0, min(10, 15 - self.exp))
+        if self.bias is not None and not isinstance(self.bias, int):
+            raise TypeError(f"FloatFormat: bias must be an int or None, got {self.bias!r}.")
+        require_granularity("FloatFormat", self.axis, self.block)
         if self.finite not in FINITE_RULES:
             raise ValueError(
                 f"FloatFormat: finite must be one of {list(FINITE_RULES)}, got {self.finite!r}."
@@ -273,22 +282,3 @@ class FloatFormat:
         ones = 2 ** (self.exp + self.man) - 1
         quiet = ones - (2 ** (self.man - 1) - 1) if self.man else ones
         return quiet if self.finite == "ieee" else ones
-
-
-E4M3 = FloatFormat(4, 3, finite="fn")
-E5M2 = FloatFormat(5, 2)
-E4M3FNUZ = FloatFormat(4, 3, bias=8, finite="fnuz")
-E5M2FNUZ = FloatFormat(5, 2, bias=16, finite="fnuz")
-E2M3 = FloatFormat(2, 3, finite="all")
-E3M2 = FloatFormat(3, 2, finite="all")
-E2M1 = FloatFormat(2, 1, finite="all")
-FP16 = FloatFormat(5, 10)
-BF16 = FloatFormat(8, 7)
-# QPyTorch: no code is lost to NaN, and ties go away from zero (its documentation says nearest even).
-QPYTORCH_E4M3 = FloatFormat(4, 3, finite="all", rounding="half_away")
-QPYTORCH_E5M2 = FloatFormat(5, 2, finite="all", rounding="half_away")
-QPYTORCH_FP16 = FloatFormat(5, 10, finite="all", rounding="half_away")
-
-# Microscaling formats (OCP MX v1.0) and NVFP4: blocks along the last axis. `dataclasses.replace` gives
-# other axes; a kept axis before the last one needs `axis=(0, 1), block=(1, 32)` and so on.
-NVFP4 = FloatFormat(2, 1, finite="all", axis=-1, block=16, scale_rule="two_level")

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fquant.affine import compute_amax, compute_scale, fake_quantize
-from fquant.checks import as_broadcastable, compute_dtype, require_floating
-from fquant.formats import E4M3, E5M2, Format
+from fquant.affine import fake_quantize
+from fquant.checks import as_broadcastable, compute_dtype, require_floating, require_positive
+from fquant.formats import Format, require_format
+from fquant.presets import E4M3, E5M2
 from fquant.pytree import from_constant, to_constant
 from fquant.records import lifts_to_features
+from fquant.scales import compute_amax, compute_scale
 
 
 def fake_quantize_gradient(
@@ -28,8 +30,9 @@ def fake_quantize_gradient(
             amax gives, by `spec.axis`, `spec.block` and `spec.scale_rule`.
 
     Raises:
-        TypeError: x is not a floating-point tensor.
-        ValueError: a scale that does not meet x; stochastic rounding, which needs noise.
+        TypeError: x is not a floating-point tensor, or spec not a Format.
+        ValueError: a scale that does not meet x, or is not positive (checked in eager code);
+            stochastic rounding, which needs noise.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -39,10 +42,12 @@ def fake_quantize_gradient(
     """
     function = "fake_quantize_gradient"
     require_floating(function, "x", x)
+    require_format(function, spec)
     if spec.rounding == "stochastic":
         raise ValueError(f"{function}: spec must not round stochastically, got {spec}.")
     own = scale is None
     step = as_broadcastable(function, "scale", 1.0 if scale is None else scale, x, compute_dtype(x))
+    require_positive(function, "scale", step)
     return _quantized_gradient(x, step.detach(), own, to_constant(spec))
 
 

@@ -6,7 +6,7 @@ two-dimensional block are all instances of it; ordinary broadcasting is too.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class Groups(NamedTuple):
 
 def kept_axes(function: str, x: Tensor, axis: int | Sequence[int]) -> list[int]:
     """Returns the axes named, counted from 0; raises ValueError if one is not there or named twice."""
+    require_granularity(function, axis, None)
     axes = [axis] if isinstance(axis, int) else list(axis)
     kept = [a % x.ndim for a in axes if -x.ndim <= a < x.ndim]
     if len(kept) != len(axes) or len(set(kept)) != len(axes):
@@ -34,6 +35,18 @@ def kept_axes(function: str, x: Tensor, axis: int | Sequence[int]) -> list[int]:
             f"{function}: axis must name different axes of a tensor of {x.ndim} axes, got {axis}."
         )
     return kept
+
+
+def require_granularity(owner: str, axis: object, block: object) -> None:
+    """Raises unless axis and block are ints, tuples of ints or None, and every block is at least 1."""
+    for name, value in (("axis", axis), ("block", block)):
+        several: Any = value if isinstance(value, Sequence) else () if value is None else (value,)
+        if not all(isinstance(v, int) for v in several):
+            raise TypeError(
+                f"{owner}: {name} must be an int, a tuple of ints or None, got {value!r}."
+            )
+        if name == "block" and any(v < 1 for v in several):
+            raise ValueError(f"{owner}: block must be at least 1, got {value!r}.")
 
 
 def groups(
@@ -55,6 +68,7 @@ def groups(
         ValueError: an axis is not there, or a block does not divide its axis.
     """
     kept = kept_axes(function, x, axis)
+    require_granularity(function, axis, block)
     sizes = [block or 1] * len(kept) if block is None or isinstance(block, int) else list(block)
     if len(sizes) != len(kept):
         raise ValueError(

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from fquant.checks import as_broadcastable, compute_dtype, divide, require_floating
+from fquant.checks import (
+    as_broadcastable,
+    compute_dtype,
+    divide,
+    require_floating,
+    require_positive,
+    values_readable,
+)
 from fquant.granularity import spread
 from fquant.records import lifts_to_features
 from fquant.spec import INT8, QuantSpec
@@ -38,8 +45,10 @@ def fake_quantize_lsq(
             plain derivative.
 
     Raises:
-        TypeError: x is not a floating-point tensor, scale or offset not a number or tensor.
-        ValueError: scale or offset does not meet x or is on another device; another rounding.
+        TypeError: x is not a floating-point tensor, scale or offset not a number or tensor, spec not a
+            QuantSpec.
+        ValueError: scale or offset does not meet x or is on another device; another rounding; scale is
+            not positive (checked in eager code).
 
     Example:
         >>> scale = torch.tensor(0.5)
@@ -54,10 +63,12 @@ def fake_quantize_lsq(
     """
     function = "fake_quantize_lsq"
     require_floating(function, "x", x)
+    _require_integers(function, spec)
     if spec.rounding != "half_even":
         raise ValueError(f"{function}: spec must round half to even, got {spec.rounding!r}.")
     dtype = compute_dtype(x)
     step = as_broadcastable(function, "scale", scale, x, dtype)
+    require_positive(function, "scale", step)
     shift = as_broadcastable(function, "offset", offset, x, dtype)
     if gradient_scale is None:
         per_scale = max(x.numel(), 1) / max(step.numel(), 1)
@@ -88,6 +99,7 @@ def lsq_scale(x: Tensor, spec: QuantSpec = INT8) -> Tensor:
         Esser et al. 2020, arXiv 1902.08153, section 2.1.
     """
     require_floating("lsq_scale", "x", x)
+    _require_integers("lsq_scale", spec)
     wide = x.detach().to(compute_dtype(x))
     mean = wide.abs().mean() if x.numel() else wide.new_zeros(())
     scale = divide(2 * mean, math.sqrt(spec.q_max))
@@ -103,6 +115,7 @@ def lsq_plus_scale(x: Tensor, spec: QuantSpec = INT8) -> Tensor:
         Bhalgat et al. 2020, arXiv 2004.09576, section 3.2.
     """
     require_floating("lsq_plus_scale", "x", x)
+    _require_integers("lsq_plus_scale", spec)
     wide = x.detach().to(compute_dtype(x))
     if x.numel() == 0:
         return wide.new_ones(())
@@ -124,7 +137,8 @@ def learned_clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
 
     Raises:
         TypeError: x is not a floating-point tensor, an end not a number or tensor.
-        ValueError: an end does not broadcast or is on another device.
+        ValueError: an end does not broadcast or is on another device; high is below low (checked in
+            eager code).
 
     Example:
         >>> x = torch.tensor([-3.0, 0.5, 2.0, 7.0])
@@ -137,6 +151,11 @@ def learned_clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
     require_floating("learned_clip", "x", x)
     bottom = spread(as_broadcastable("learned_clip", "low", low, x, x.dtype), x.shape)
     top = spread(as_broadcastable("learned_clip", "high", high, x, x.dtype), x.shape)
+    if values_readable(bottom, top) and bool((bottom > top).any()):
+        raise ValueError(
+            f"learned_clip: high must not be below low, got {top.min().item()} and "
+            f"{bottom.max().item()}."
+        )
     return torch.where(x <= bottom, bottom, torch.where(x >= top, top, x))
 
 
@@ -153,7 +172,8 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor | float, num_bits: int = 8) -> T
         num_bits: 2 to 16.
 
     Raises:
-        TypeError, ValueError: as in `learned_clip`; num_bits out of range.
+        TypeError, ValueError: as in `learned_clip`; num_bits out of range; alpha is not positive
+            (checked in eager code).
 
     Example:
         >>> fake_quantize_pact(torch.tensor([-1.0, 0.6, 9.0]), 3.0, 2)
@@ -166,11 +186,17 @@ def fake_quantize_pact(x: Tensor, alpha: Tensor | float, num_bits: int = 8) -> T
     spec = QuantSpec(num_bits, unsigned=True)
     dtype = compute_dtype(x)
     end = as_broadcastable("fake_quantize_pact", "alpha", alpha, x, dtype)
+    require_positive("fake_quantize_pact", "alpha", end)
     wide = x.to(dtype)
     clipped = learned_clip(wide, 0.0, end)
     step = spread(divide(end.detach(), spec.q_max), x.shape)
     grid = spec.snap(wide.detach() / step) * step
     return straight_through(grid, clipped).to(x.dtype)
+
+
+def _require_integers(function: str, spec: object) -> None:
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"{function}: spec must be a QuantSpec, got {spec!r}.")
 
 
 def _difference(x: Tensor) -> Tensor:

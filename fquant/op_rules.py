@@ -12,9 +12,10 @@ from typing import Any, Self, cast
 
 from torch import Tensor
 
-from fquant.formats import E4M3, Format
+from fquant.formats import Format
 from fquant.interception.operation import Layout
 from fquant.observers import MaxObserver, MinMaxObserver, Observer
+from fquant.presets import E4M3
 from fquant.spec import QuantSpec
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fquant.affine import compute_amax, compute_scale, dequantize, fake_quantize, quantize
+from fquant.affine import dequantize, fake_quantize, quantize
 from fquant.records import QTensor
+from fquant.scales import compute_amax, compute_scale
 from fquant.spec import QuantSpec
 
 Params = Mapping[str, Tensor]

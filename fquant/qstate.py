@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fquant.affine import compute_amax, compute_scale, compute_scale_zero_point, fake_quantize
+from fquant.affine import fake_quantize
 from fquant.calibration import at_site, require_stats, state_types
 from fquant.learned import fake_quantize_lsq, learned_clip
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
+from fquant.scales import compute_amax, compute_scale, compute_scale_zero_point
 from fquant.straight_through import straight_through
 
 State = Mapping[str, Any]

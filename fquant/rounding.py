@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fquant.checks import require_floating
+
 STOCHASTIC = "stochastic"
 ROUNDINGS = ("half_even", "half_away", "floor", "ceil", "toward_zero", STOCHASTIC)
 
@@ -27,6 +29,10 @@ def round_to_integer(x: Tensor, rounding: str = "half_even", noise: Tensor | Non
         rounding: one of `ROUNDINGS`.
         noise: for stochastic rounding, uniform on [0, 1), broadcasts to x.
 
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: an unknown rounding; stochastic rounding without noise that broadcasts to x.
+
     Example:
         >>> x = torch.tensor([0.5, 1.5, -2.5])
         >>> round_to_integer(x).tolist(), round_to_integer(x, "half_away").tolist()
@@ -34,6 +40,7 @@ def round_to_integer(x: Tensor, rounding: str = "half_even", noise: Tensor | Non
         >>> round_to_integer(x, "stochastic", torch.tensor([0.4, 0.6, 0.6])).tolist()
         [1.0, 1.0, -3.0]
     """
+    require_floating("round_to_integer", "x", x)
     if rounding == "half_even":
         return x.round()
     if rounding == "half_away":
@@ -50,6 +57,7 @@ def round_to_integer(x: Tensor, rounding: str = "half_even", noise: Tensor | Non
         raise ValueError(
             "round_to_integer: noise must be a tensor for stochastic rounding, got None."
         )
+    _require_broadcasts("round_to_integer", noise, x)
     low = x.floor()
     return low + (noise < x - low).to(x.dtype)
 
@@ -65,8 +73,8 @@ def uniform_noise(
 
     Raises:
         ValueError: stochastic rounding without exactly one source of noise; noise or a generator
-            with a rounding that would ignore it.
-        TypeError: noise is not a floating-point tensor.
+            with a rounding that would ignore it; noise that does not broadcast to x.
+        TypeError: noise is not a floating-point tensor, generator not a torch.Generator.
     """
     sources = (noise is not None) + (generator is not None)
     if rounding != STOCHASTIC:
@@ -82,7 +90,20 @@ def uniform_noise(
             f"got {'both' if sources else 'neither'}."
         )
     if noise is None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"{function}: generator must be a torch.Generator, got {generator!r}.")
         return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise TypeError(f"{function}: noise must be a floating-point tensor, got {noise!r}.")
+    _require_broadcasts(function, noise, x)
     return noise.detach().to(x.dtype)
+
+
+def _require_broadcasts(function: str, noise: Tensor, x: Tensor) -> None:
+    leading = x.ndim - noise.ndim
+    met = zip(noise.shape, x.shape[max(leading, 0) :], strict=False)
+    if leading < 0 or any(n not in (1, s) for n, s in met):
+        raise ValueError(
+            f"{function}: noise must have a shape that broadcasts to x's {tuple(x.shape)}, "
+            f"got {tuple(noise.shape)}."
+        )

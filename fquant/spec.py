@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fquant.checks import require_int
+from fquant.granularity import require_granularity
 from fquant.pytree import constant
 from fquant.rounding import require_rounding, round_to_integer
 from fquant.scale_rules import require_scale_rule
@@ -42,11 +44,7 @@ class QuantSpec:
     scale_rule: str = "real"
 
     def __post_init__(self) -> None:
-        integer = isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool)
-        if not integer or not 2 <= self.num_bits <= 16:
-            raise ValueError(
-                f"QuantSpec: num_bits must be an integer from 2 to 16, got {self.num_bits!r}."
-            )
+        require_int("QuantSpec", "num_bits", self.num_bits, 2, 16)
         if self.unsigned and self.narrow_range:
             raise ValueError(
                 "QuantSpec: narrow_range must be False for an unsigned grid, which has no lowest "
@@ -54,6 +52,7 @@ class QuantSpec:
             )
         if isinstance(self.axis, list):
             raise TypeError(f"QuantSpec: axis must be an int, a tuple or None, got {self.axis!r}.")
+        require_granularity("QuantSpec", self.axis, self.block)
         require_rounding("QuantSpec", self.rounding)
         require_scale_rule("QuantSpec", self.scale_rule)
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fquant.checks import require_floating
+
 
 def straight_through(grid: Tensor, clipped: Tensor) -> Tensor:
     """Returns the values of `grid` with the derivative of `clipped`.
@@ -18,6 +20,10 @@ def straight_through(grid: Tensor, clipped: Tensor) -> Tensor:
         grid: the rounded values.
         clipped: the same shape; the input clipped to the range of the grid, finite or NaN.
 
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes differ.
+
     Example:
         >>> x = torch.tensor([0.4, 1.6, 9.0], requires_grad=True)
         >>> y = straight_through(x.round().clamp(-2, 2), x.clamp(-2, 2))
@@ -27,6 +33,13 @@ def straight_through(grid: Tensor, clipped: Tensor) -> Tensor:
     References:
         Bengio, Leonard, Courville 2013, arXiv 1308.3432.
     """
+    require_floating("straight_through", "grid", grid)
+    require_floating("straight_through", "clipped", clipped)
+    if grid.shape != clipped.shape:
+        raise ValueError(
+            f"straight_through: clipped must have the shape of grid, {tuple(grid.shape)}, "
+            f"got {tuple(clipped.shape)}."
+        )
     return grid.detach() + (clipped - clipped.detach())
 
 

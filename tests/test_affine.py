@@ -133,6 +133,12 @@ def test_zero_amax_gives_scale_one():
     assert fq.compute_scale(torch.tensor([0.0, 1e-40, 254.0])).tolist() == [1, 1, 2]
 
 
+def test_zero_point_has_no_derivative():
+    x, zero_point = torch.tensor([0.3, 300.0]), torch.tensor(5.0)
+    gradient = torch.func.grad(lambda z: fq.fake_quantize(x, 1.0, z).sum())(zero_point)
+    assert gradient.item() == 0
+
+
 def test_special_values():
     x = torch.tensor([float("nan"), float("inf"), float("-inf")])
     assert fq.quantize(x, 1.0).q.tolist() == [0, 127, -128]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fquant.affine import compute_scale, fake_quantize, quantize
+from fquant.affine import fake_quantize, quantize
 from fquant.calibration import calibrate, observed_amax
 from fquant.demo.data import Batch, Split, shuffled_batches
 from fquant.demo.network import SITES, DigitNet
@@ -16,6 +16,7 @@ from fquant.observers import MaxObserver
 from fquant.params import fake_quant_params, param_scales, quantize_params
 from fquant.records import QTensor
 from fquant.rules import Rule, assign_specs
+from fquant.scales import compute_scale
 from fquant.sparse import KernelMap, SparseTensor, sparse_conv_int8
 from fquant.spec import QuantSpec
 

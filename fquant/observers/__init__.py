@@ -12,22 +12,21 @@ States are NamedTuples of tensors. `init()` is the identity of `merge`, and
 split over processes.
 """
 
-from fquant.observers.analytic import aciq_multiplier, gaussian_std_from_range
+from fquant.observers.analytic import (
+    aciq_amax,
+    aciq_multiplier,
+    gaussian_std_from_range,
+    octav_amax,
+)
 from fquant.observers.base import NonFiniteWarning, Observer
+from fquant.observers.bins import Histogram
 from fquant.observers.fixed_width import FixedWidthHistogramObserver, FixedWidthState
 from fquant.observers.histogram import HistogramObserver, HistogramState
 from fquant.observers.maximum import MaxObserver, MaxState
 from fquant.observers.min_max import MinMaxObserver, MinMaxState
 from fquant.observers.moving_average import MovingAverageObserver, MovingAverageState
-from fquant.observers.readout import (
-    Histogram,
-    aciq_amax,
-    entropy_amax,
-    mse_amax,
-    octav_amax,
-    percentile_amax,
-    sqnr_amax,
-)
+from fquant.observers.readout import percentile_amax
+from fquant.observers.search import entropy_amax, mse_amax, sqnr_amax
 
 __all__ = [
     "FixedWidthHistogramObserver",

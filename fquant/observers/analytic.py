@@ -1,9 +1,16 @@
-"""Analytic clipping for integers (ACIQ): where clipping and rounding noise balance.
+"""Analytic clipping for integers (ACIQ, OCTAV): where clipping and rounding noise balance.
 
 minimise over alpha   E[(|x| - alpha)^2 1{|x| > alpha}] + alpha^2 / (3 * 4^bits)
 """
 
 import math
+
+from torch import Tensor
+
+from fquant.checks import require_int
+from fquant.formats import Format
+from fquant.observers.bins import Histogram, middles_in_bins, require_histogram
+from fquant.spec import INT8, QuantSpec
 
 DISTRIBUTIONS = ("gauss", "laplace")
 
@@ -15,7 +22,7 @@ def aciq_multiplier(num_bits: int, distribution: str = "gauss") -> float:
     Data of one sign (after a ReLU) on an unsigned grid: take one bit more.
 
     Args:
-        num_bits: 1 to 16, the signed grid's width.
+        num_bits: 0 to 17, the signed grid's width.
         distribution: "gauss" or "laplace".
 
     Raises:
@@ -33,8 +40,7 @@ def aciq_multiplier(num_bits: int, distribution: str = "gauss") -> float:
             f"aciq_multiplier: distribution must be one of {list(DISTRIBUTIONS)}, "
             f"got {distribution!r}."
         )
-    if not 0 <= num_bits <= 17:
-        raise ValueError(f"aciq_multiplier: num_bits must be from 0 to 17, got {num_bits}.")
+    require_int("aciq_multiplier", "num_bits", num_bits, 0, 17)
     rounding = 1 / (3 * 4.0**num_bits)
 
     def slope(alpha: float) -> float:
@@ -57,7 +63,7 @@ def gaussian_std_from_range(minimum: float, maximum: float, num_values: int) -> 
         (maximum - minimum) * 0.175 * (1 + sqrt(pi ln 4)) / sqrt(2 ln num_values)
 
     Raises:
-        ValueError: fewer than 2 values.
+        ValueError: fewer than 2 values, or maximum below minimum.
 
     References:
         The code that accompanies arXiv 1810.05723.
@@ -66,5 +72,68 @@ def gaussian_std_from_range(minimum: float, maximum: float, num_values: int) -> 
         raise ValueError(
             f"gaussian_std_from_range: num_values must be at least 2, got {num_values}."
         )
+    if not minimum <= maximum:
+        raise ValueError(
+            f"gaussian_std_from_range: maximum must not be below minimum, got {minimum} and {maximum}."
+        )
     constant = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))
     return (maximum - minimum) * constant / math.sqrt(2 * math.log(num_values))
+
+
+def aciq_amax(histogram: Histogram, spec: Format = INT8, distribution: str = "gauss") -> Tensor:
+    """Returns the analytically best clipping value for zero-mean Gaussian or Laplace data.
+
+    `aciq_multiplier(bits, distribution)` times the standard deviation ("gauss") or the mean absolute
+    value ("laplace") of the histogram; an unsigned grid has one bit more.
+
+    Raises:
+        ValueError: another distribution; a grid that is not of integers.
+    """
+    require_histogram("aciq_amax", histogram)
+    bits = _integer_bits("aciq_amax", spec)
+    counts, middles = histogram.counts.double(), middles_in_bins(histogram)
+    total = counts.sum(-1).clamp(min=1.0)
+    if distribution == "gauss":
+        spread = ((middles**2 + 1 / 12) * counts).sum(-1).div(total).sqrt()
+    else:
+        spread = (middles * counts).sum(-1) / total
+    return (aciq_multiplier(bits, distribution) * spread * histogram.width).to(
+        histogram.width.dtype
+    )
+
+
+def octav_amax(histogram: Histogram, spec: Format = INT8, *, iterations: int = 40) -> Tensor:
+    """Returns OCTAV's fixed point: Newton's method on clipping plus rounding error.
+
+        s <- E[|x| 1{|x| > s}] / (4^-b / 3 P(|x| <= s) + P(|x| > s))
+
+    from `s = E|x|`; values are uniform within their bin, the one that holds s is split. An unsigned
+    grid has one bit more.
+
+    Raises:
+        ValueError: a grid that is not of integers.
+
+    References:
+        Sakr et al. 2022, arXiv 2206.06501, equation 6.
+    """
+    require_histogram("octav_amax", histogram)
+    require_int("octav_amax", "iterations", iterations, 1, None)
+    noise = 4.0 ** -_integer_bits("octav_amax", spec) / 3
+    counts, middles = histogram.counts.double(), middles_in_bins(histogram)
+    left = middles - 0.5
+    total = counts.sum(-1).clamp(min=1.0)
+    s = ((middles * counts).sum(-1) / total).unsqueeze(-1)
+    for _ in range(iterations):
+        cut = s.clamp(left, left + 1)  # where the clipped part of each bin begins
+        share = left + 1 - cut
+        beyond = (counts * share).sum(-1)
+        excess = (counts * share * (left + 1 + cut) / 2).sum(-1)
+        inside = total - beyond
+        s = (excess / (noise * inside + beyond)).unsqueeze(-1)
+    return (s.squeeze(-1) * histogram.width).to(histogram.width.dtype)
+
+
+def _integer_bits(function: str, spec: Format) -> int:
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"{function}: spec must be a QuantSpec, got {spec}.")
+    return spec.num_bits + spec.unsigned

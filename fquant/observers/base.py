@@ -28,6 +28,12 @@ class Observer(Protocol):
         """Returns the range to quantize with, shaped to broadcast against the observed tensors."""
 
 
+def require_state(function: str, state: object, kind: type) -> None:
+    """Raises TypeError unless a state is of the kind that this observer makes."""
+    if not isinstance(state, kind):
+        raise TypeError(f"{function}: state must be a {kind.__name__}, got {type(state).__name__}.")
+
+
 def require_same_shape(function: str, before: Tensor, now: Tensor) -> None:
     """Raises ValueError unless the two amax have one shape; a 0-d one has seen nothing yet."""
     if before.ndim > 0 and now.ndim > 0 and before.shape != now.shape:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fquant.checks import compute_dtype, require_floating
+from fquant.checks import compute_dtype, require_floating, require_int
 from fquant.formats import Format
-from fquant.observers.base import report_nonfinite, require_seen
-from fquant.observers.readout import Histogram, read_amax, require_method
+from fquant.observers.base import report_nonfinite, require_seen, require_state
+from fquant.observers.bins import Histogram
+from fquant.observers.readout import read_amax, require_method
 from fquant.spec import INT8
 
 
@@ -61,11 +62,8 @@ class FixedWidthHistogramObserver:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2:
-            raise ValueError(
-                f"FixedWidthHistogramObserver: num_bins must be at least 2, got {self.num_bins}."
-            )
-        if self.width is not None and self.width <= 0:
+        require_int("FixedWidthHistogramObserver", "num_bins", self.num_bins, 2, None)
+        if self.width is not None and not self.width > 0:
             raise ValueError(
                 f"FixedWidthHistogramObserver: width must be positive, got {self.width}."
             )
@@ -77,6 +75,7 @@ class FixedWidthHistogramObserver:
         return FixedWidthState(width, torch.zeros(1, dtype=torch.int64), zero)
 
     def update(self, state: FixedWidthState, x: Tensor) -> FixedWidthState:
+        require_state("FixedWidthHistogramObserver.update", state, FixedWidthState)
         require_floating("FixedWidthHistogramObserver.update", "x", x)
         magnitude = x.detach().to(compute_dtype(x)).abs().flatten()
         finite = magnitude[magnitude.isfinite()]
@@ -97,6 +96,8 @@ class FixedWidthHistogramObserver:
         return FixedWidthState(width, _add(state.counts, bins.bincount()), num_nonfinite)
 
     def merge(self, a: FixedWidthState, b: FixedWidthState) -> FixedWidthState:
+        require_state("FixedWidthHistogramObserver.merge", a, FixedWidthState)
+        require_state("FixedWidthHistogramObserver.merge", b, FixedWidthState)
         if a.width > 0 and b.width > 0 and a.width != b.width:
             raise ValueError(
                 "FixedWidthHistogramObserver.merge: states must have one width of bins, "
@@ -114,6 +115,7 @@ class FixedWidthHistogramObserver:
         Raises:
             ValueError: nothing was seen.
         """
+        require_state("FixedWidthHistogramObserver.histogram", state, FixedWidthState)
         seen = state.counts.sum()
         require_seen("FixedWidthHistogramObserver.histogram", seen)
         report_nonfinite(state.num_nonfinite, seen)

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from fquant.binades import exponent_of, power_of_two
-from fquant.checks import compute_dtype, require_floating, values_readable
+from fquant.checks import compute_dtype, require_floating, require_int, values_readable
 from fquant.formats import Format
 from fquant.granularity import groups
-from fquant.observers.base import report_nonfinite, require_same_shape, require_seen
-from fquant.observers.readout import Histogram, read_amax, require_method
+from fquant.observers.base import report_nonfinite, require_same_shape, require_seen, require_state
+from fquant.observers.bins import Histogram
+from fquant.observers.readout import read_amax, require_method
 from fquant.spec import INT8
+from fquant_kernels import abs_histogram
 
 # Ranges reach from 2^-100, below which everything counts as zero, up to what the dtype holds.
 LOWEST_EXPONENT = -100
 
-# Values that eager code counts at a time: fastest of 2^14 to 2^20.
-PART = 2**16
+# Fewer or more, and 2^exponent / num_bins is not a normal float32 for every exponent.
+MIN_BINS, MAX_BINS = 4, 2**24
 
 
 class HistogramState(NamedTuple):
@@ -52,7 +54,7 @@ class HistogramObserver:
 
     Attributes:
         axis: the axis or axes that keep a histogram of their own; None for one per tensor.
-        num_bins: a power of two.
+        num_bins: a power of two from 4 to 2^24.
         skip_zeros: leave exact zeros (of a ReLU, of padding) out of the counts.
         method: what `amax` reads out: one of `fquant.observers.readout.METHODS`. `histogram(state)`
             gives the histogram to read in any other way; a state is the same for all of them.
@@ -82,9 +84,11 @@ class HistogramObserver:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2 or self.num_bins & (self.num_bins - 1):
+        require_int("HistogramObserver", "num_bins", self.num_bins, MIN_BINS, MAX_BINS)
+        if self.num_bins & (self.num_bins - 1):
             raise ValueError(
-                f"HistogramObserver: num_bins must be a power of two, got {self.num_bins}."
+                f"HistogramObserver: num_bins must be a power of two from {MIN_BINS} to {MAX_BINS}, "
+                f"got {self.num_bins}."
             )
         require_method("HistogramObserver", self)
 
@@ -94,12 +98,15 @@ class HistogramObserver:
         return HistogramState(exponent, torch.zeros(self.num_bins, dtype=torch.int64), zero, zero)
 
     def update(self, state: HistogramState, x: Tensor) -> HistogramState:
+        require_state("HistogramObserver.update", state, HistogramState)
         require_floating("HistogramObserver.update", "x", x)
         return self.merge(state, self._count(x.detach()), "update")
 
     def merge(
         self, a: HistogramState, b: HistogramState, function: str = "merge"
     ) -> HistogramState:
+        require_state("HistogramObserver.merge", a, HistogramState)
+        require_state("HistogramObserver.merge", b, HistogramState)
         require_same_shape(f"HistogramObserver.{function}", a.exponent, b.exponent)
         exponent = torch.maximum(a.exponent, b.exponent)
         return HistogramState(
@@ -115,11 +122,14 @@ class HistogramObserver:
         Raises:
             ValueError: a group has seen no finite value.
         """
+        require_state("HistogramObserver.histogram", state, HistogramState)
         seen = state.counts.sum(-1) + state.num_zeros
         require_seen("HistogramObserver.histogram", seen)
         report_nonfinite(state.num_nonfinite, seen)
-        width = power_of_two(state.exponent - (self.num_bins.bit_length() - 1))
-        return Histogram(state.counts, torch.where(state.exponent > LOWEST_EXPONENT, width, 0.0))
+        # In float64, for the exponents that only float64 values have: they give infinity.
+        width = power_of_two(state.exponent - (self.num_bins.bit_length() - 1), torch.float64)
+        width = torch.where(state.exponent > LOWEST_EXPONENT, width, 0.0).float()
+        return Histogram(state.counts, width)
 
     def amax(self, state: HistogramState) -> Tensor:
         return read_amax(self.histogram(state), self)
@@ -148,47 +158,20 @@ class HistogramObserver:
 
 def _counts(rows: Tensor, num_bins: int, skip_zeros: bool) -> HistogramState:
     """The state after the values of each row, (rows, values)."""
-    readable = values_readable(rows)
-    none = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     # A third of abs().amax() in time, 1 / 18 of aminmax(dim=1).
     top = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).to(compute_dtype(rows))
-    num_nonfinite, num_zeros = none, none
-    if not readable or not bool(top.isfinite().all()):
+    num_zeros = num_nonfinite = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    if not values_readable(rows) or not bool(top.isfinite().all()):
         finite = rows.isfinite()
         num_nonfinite = (~finite).sum(dim=1)
-        rows = torch.where(finite, rows, 0.0)
-        top = rows.abs().amax(dim=1).to(compute_dtype(rows))
-    if skip_zeros:
-        num_zeros = (rows == 0).sum(dim=1) - num_nonfinite
+        top = torch.where(finite, rows, 0.0).abs().amax(dim=1).to(compute_dtype(rows))
     exponent = (exponent_of(top) + 1).clamp(min=LOWEST_EXPONENT)
-    per_unit = power_of_two(num_bins.bit_length() - 1 - exponent, top.dtype).unsqueeze(1)
-    if readable:
-        counts = _bincount(rows, per_unit, num_bins)
-    else:  # the shape of bincount's result cannot be traced
-        ones = torch.ones((), dtype=torch.int64, device=rows.device).expand(rows.shape)
-        empty = torch.zeros(len(rows), num_bins, dtype=torch.int64, device=rows.device)
-        counts = empty.scatter_add(1, _bins(rows, per_unit).long(), ones)
-    left_out = (num_nonfinite + num_zeros).unsqueeze(1)
-    counts = torch.cat([counts[:, :1] - left_out, counts[:, 1:]], dim=1)
+    per_unit = power_of_two(num_bins.bit_length() - 1 - exponent, top.dtype)
+    counts = abs_histogram(rows, per_unit, num_bins)
+    if skip_zeros:
+        num_zeros = (rows == 0).sum(dim=1)
+        counts = torch.cat([counts[:, :1] - num_zeros.unsqueeze(1), counts[:, 1:]], dim=1)
     return HistogramState(exponent, counts, num_zeros, num_nonfinite)
-
-
-def _bins(rows: Tensor, per_unit: Tensor) -> Tensor:
-    """The bin of each value, int32; the product with a power of two is exact."""
-    return (rows.to(per_unit.dtype) * per_unit).abs().int()
-
-
-def _bincount(rows: Tensor, per_unit: Tensor, num_bins: int) -> Tensor:
-    """Counts of the bins of each row, int64, over parts whose temporary tensors stay in the cache."""
-    total = len(rows) * num_bins
-    columns = max(PART, 4 * total) // len(rows)
-    offset = torch.arange(0, total, num_bins, dtype=torch.int32, device=rows.device).unsqueeze(1)
-    counts = torch.zeros(total, dtype=torch.int64, device=rows.device)
-    for part in rows.split(columns, dim=1):
-        bins = _bins(part, per_unit)
-        bins = bins if len(rows) == 1 else bins + offset
-        counts += bins.reshape(-1).bincount(minlength=total)
-    return counts.reshape(len(rows), num_bins)
 
 
 def _widened(state: HistogramState, exponent: Tensor) -> Tensor:

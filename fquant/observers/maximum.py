@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fquant.affine import compute_amax
-from fquant.observers.base import require_same_shape, require_seen
+from fquant.observers.base import require_same_shape, require_seen, require_state
+from fquant.scales import compute_amax
 
 
 class MaxState(NamedTuple):
@@ -46,14 +46,18 @@ class MaxObserver:
         return MaxState(torch.zeros(()), torch.zeros((), dtype=torch.int64))
 
     def update(self, state: MaxState, x: Tensor) -> MaxState:
+        require_state("MaxObserver.update", state, MaxState)
         amax = compute_amax(x, self.axis, self.block)
         require_same_shape("MaxObserver.update", state.amax, amax)
         return MaxState(torch.maximum(state.amax, amax), state.num_values + x.numel())
 
     def merge(self, a: MaxState, b: MaxState) -> MaxState:
+        require_state("MaxObserver.merge", a, MaxState)
+        require_state("MaxObserver.merge", b, MaxState)
         require_same_shape("MaxObserver.merge", a.amax, b.amax)
         return MaxState(torch.maximum(a.amax, b.amax), a.num_values + b.num_values)
 
     def amax(self, state: MaxState) -> Tensor:
+        require_state("MaxObserver.amax", state, MaxState)
         require_seen("MaxObserver.amax", state.num_values)
         return state.amax

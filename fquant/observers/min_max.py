@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fquant.checks import require_floating
 from fquant.granularity import groups
-from fquant.observers.base import require_same_shape, require_seen
+from fquant.observers.base import require_same_shape, require_seen, require_state
 
 
 class MinMaxState(NamedTuple):
@@ -48,11 +48,14 @@ class MinMaxObserver:
         return MinMaxState(infinity, -infinity, torch.zeros((), dtype=torch.int64))
 
     def update(self, state: MinMaxState, x: Tensor) -> MinMaxState:
+        require_state("MinMaxObserver.update", state, MinMaxState)
         require_floating("MinMaxObserver.update", "x", x)
         one = MinMaxState(*self._extremes(x.detach()), torch.full_like(state.num_values, x.numel()))
         return self.merge(state, one)
 
     def merge(self, a: MinMaxState, b: MinMaxState) -> MinMaxState:
+        require_state("MinMaxObserver.merge", a, MinMaxState)
+        require_state("MinMaxObserver.merge", b, MinMaxState)
         require_same_shape("MinMaxObserver.merge", a.minimum, b.minimum)
         return MinMaxState(
             torch.minimum(a.minimum, b.minimum),
@@ -62,10 +65,12 @@ class MinMaxObserver:
 
     def range(self, state: MinMaxState) -> tuple[Tensor, Tensor]:
         """Returns (minimum, maximum), as `compute_scale_zero_point` takes them."""
+        require_state("MinMaxObserver.range", state, MinMaxState)
         require_seen("MinMaxObserver.range", state.num_values)
         return state.minimum, state.maximum
 
     def amax(self, state: MinMaxState) -> Tensor:
+        require_state("MinMaxObserver.amax", state, MinMaxState)
         require_seen("MinMaxObserver.amax", state.num_values)
         return torch.maximum(state.minimum.abs(), state.maximum.abs())
 

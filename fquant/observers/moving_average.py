@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fquant.affine import compute_amax
-from fquant.observers.base import require_same_shape, require_seen
+from fquant.checks import require_floating
+from fquant.observers.base import require_same_shape, require_seen, require_state
+from fquant.scales import compute_amax
 
 
 class MovingAverageState(NamedTuple):
@@ -54,7 +55,7 @@ class MovingAverageObserver:
     axis: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
+        if not isinstance(self.momentum, int | float) or not 0.0 <= self.momentum < 1.0:
             raise ValueError(
                 f"MovingAverageObserver: momentum must be in [0, 1), got {self.momentum}."
             )
@@ -64,6 +65,8 @@ class MovingAverageObserver:
         return MovingAverageState(zero, zero, torch.zeros((), dtype=torch.int64))
 
     def update(self, state: MovingAverageState, x: Tensor) -> MovingAverageState:
+        require_state("MovingAverageObserver.update", state, MovingAverageState)
+        require_floating("MovingAverageObserver.update", "x", x)
         if x.numel() == 0:
             return state
         amax = compute_amax(x, self.axis)
@@ -71,6 +74,8 @@ class MovingAverageObserver:
         return self.merge(state, one)
 
     def merge(self, a: MovingAverageState, b: MovingAverageState) -> MovingAverageState:
+        require_state("MovingAverageObserver.merge", a, MovingAverageState)
+        require_state("MovingAverageObserver.merge", b, MovingAverageState)
         require_same_shape("MovingAverageObserver.merge", a.first, b.first)
         # b's first batch is an ordinary one when a has seen any; an empty side changes nothing.
         past = self._power(b.batches)
@@ -83,6 +88,7 @@ class MovingAverageObserver:
         )
 
     def amax(self, state: MovingAverageState) -> Tensor:
+        require_state("MovingAverageObserver.amax", state, MovingAverageState)
         require_seen("MovingAverageObserver.amax", state.batches)
         return self._power(state.batches - 1) * state.first + state.rest
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fquant.affine import compute_amax, compute_scale
+from fquant.scales import compute_amax, compute_scale
 from fquant.sparse import SparseTensor
 from fquant.spec import QuantSpec
 

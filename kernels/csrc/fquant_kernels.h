@@ -63,6 +63,12 @@ FQUANT_API void* fquant_output_keys(int is_int64, const void* coords, int64_t co
 FQUANT_API void fquant_take_coords(void* keys, int is_int64, int dims, const int64_t* out_shape,
                                    void* out);
 
+// Histograms of |x|: x is (rows, columns) and bins_per_unit (rows), both of float or double; counts
+// are (rows, num_bins).
+FQUANT_API int fquant_abs_histogram(int is_double, const void* x, int64_t rows, int64_t columns,
+                                    const void* bins_per_unit, int64_t num_bins, int64_t* counts,
+                                    int64_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,9 +1,10 @@
-"""Integer kernels for sparse convolution, as `torch.library` ops: tensors and ints in, tensors out.
+"""Kernels for sparse convolution and calibration, as `torch.library` ops: tensors in, tensors out.
 
 Each op is a folder: `reference.py` is the definition, in plain torch, for any device; `op.py`
 checks arguments and registers it. This package knows nothing of records, trees or modules.
 """
 
+from fquant_kernels.abs_histogram import abs_histogram
 from fquant_kernels.conv_float import sparse_conv_float
 from fquant_kernels.conv_half import sparse_conv_half
 from fquant_kernels.conv_int8 import (
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "Check",
     "TileRulebook",
+    "abs_histogram",
     "backends",
     "check_neighbors",
     "conv_output_coords",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
+from fquant_kernels.abs_histogram import reference as abs_histogram_reference
 from fquant_kernels.conv_float import reference as conv_float_reference
 from fquant_kernels.conv_int8 import reference as conv_int8_reference
 from fquant_kernels.kernel_map import reference as kernel_map_reference
@@ -110,7 +111,15 @@ def _draw_table(random: torch.Generator) -> tuple[Any, ...]:
     return kernel_map_reference.kernel_neighbors(*arguments), arguments[0].shape[0]
 
 
+def _draw_histogram(random: torch.Generator) -> tuple[Any, ...]:
+    rows, columns, num_bins = _size(random, 4), _size(random, 9000), _size(random, 300)
+    x = torch.randn(rows, columns, generator=random).relu()
+    x[0, 0] = (torch.nan, torch.inf, -1.0)[_size(random, 3) - 1]
+    return x, torch.rand(rows, generator=random) * num_bins / 3, num_bins
+
+
 _CASES: dict[str, tuple[Draw, Callable[..., Tensor]]] = {
+    "fquant::abs_histogram": (_draw_histogram, abs_histogram_reference.abs_histogram),
     "fquant::sparse_conv_int8": (_draw_conv_int8, conv_int8_reference.sparse_conv_int8),
     "fquant::sparse_conv_float": (_draw_conv_float, conv_float_reference.sparse_conv_float),
     "fquant::kernel_neighbors": (_draw_map, kernel_map_reference.kernel_neighbors),

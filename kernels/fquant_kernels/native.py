@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [c_int, _P, _N, c_int, _P, _P, _P, _P, _P, _P, c_int, POINTER(c_int64)],
     ),
     "fquant_take_coords": (None, [_P, c_int, c_int, _P, _P]),
+    "fquant_abs_histogram": (c_int, [c_int, _P, _N, _N, _P, _N, _P, _N]),
     "fquant_peak": (c_int64, [c_int, c_int, _N, POINTER(c_int32)]),
 }
 

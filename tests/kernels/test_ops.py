@@ -43,6 +43,7 @@ def op_cases() -> list[Any]:
         (ops.transposed_conv_output_coords, (coords, *GEOMETRY, [0, 0, 0])),
         (ops.kernel_neighbors, (coords, coords, *GEOMETRY)),
         (ops.transpose_neighbors, (table, 40)),
+        (ops.abs_histogram, (int8.half(), torch.full((40,), 0.125), 16)),
     ]
 
 

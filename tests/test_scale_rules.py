@@ -1,4 +1,4 @@
-"""Granularity and scale rules: groups, blocks, MX, NVFP4, adaptive block floating point, packing."""
+"""Scale rules: MX, NVFP4, adaptive block floating point, bounds."""
 
 import dataclasses
 
@@ -7,70 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
 
 import fquant as fq
-from fquant.testing import strategies
+from tests.block_cases import calibrated, mx, scale_of
+from tests.samples import sqnr_db
 
 NAN, INF = float("nan"), float("inf")
-
-
-def mx(spec, block=32, axis=-1, rule="power_of_two_floor", rounding="half_even"):
-    return dataclasses.replace(spec, axis=axis, block=block, scale_rule=rule, rounding=rounding)
-
-
-def scale_of(x, spec, **options):
-    return fq.compute_scale(fq.compute_amax(x, spec.axis, spec.block), spec, **options)
-
-
-def calibrated(x, spec, **options):
-    return fq.fake_quantize(x, scale_of(x, spec, **options), spec=spec)
-
-
-@given(st.sampled_from([(0, 2), ((0, 1), (1, 3)), ((1, 0), (3, 2)), ((0, 1), 1), (1, 6), (-1, 2)]))
-def test_blocks_are_their_elements_alone(granularity):
-    axis, block = granularity
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    amax = fq.compute_amax(x, axis, block)
-    axes = (axis,) if isinstance(axis, int) else axis
-    sizes = dict(
-        zip((a % 2 for a in axes), (block,) * 2 if isinstance(block, int) else block, strict=False)
-    )
-    steps = [sizes.get(a, x.shape[a]) for a in range(2)]
-    assert amax.shape == (4 // steps[0], 6 // steps[1])
-    scale = fq.compute_scale(amax)
-    fake = fq.fake_quantize(x, scale)
-    assert torch.equal(fq.dequantize(fq.quantize(x, scale)), fake)
-    for i in range(amax.shape[0]):
-        for j in range(amax.shape[1]):
-            part = (
-                slice(i * steps[0], (i + 1) * steps[0]),
-                slice(j * steps[1], (j + 1) * steps[1]),
-            )
-            assert amax[i, j] == x[part].abs().max()
-            assert torch.equal(fake[part], fq.fake_quantize(x[part], scale[i, j]))
-
-
-def test_per_token_is_the_axes_before_the_last():
-    x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    amax = fq.compute_amax(x, (0, 1))
-    assert torch.equal(amax[..., 0], x.abs().amax(-1))
-
-
-def test_zero_points_come_in_blocks_too():
-    x = torch.tensor([0.0, 1.0, 4.0, 6.0])
-    scale, zero_point = torch.tensor([0.5, 1.0]), torch.tensor([-3, 4])
-    q = fq.quantize(x, scale, zero_point)
-    assert q.q.tolist() == [-3, -1, 8, 10]
-    assert fq.dequantize(q).tolist() == x.tolist()
-    assert fq.fake_quantize(x, scale, zero_point).tolist() == x.tolist()
-    assert fq.quantize(x * NAN, scale, zero_point).q.tolist() == [-3, -3, 4, 4]
-
-
-def test_gradient_of_a_block_scale():
-    x = torch.tensor([9.0, 0.1, -9.0, 200.0])
-    gradient = torch.func.grad(lambda s: fq.fake_quantize(x, s).sum())(torch.tensor([0.01, 1.0]))
-    assert gradient.tolist() == [127, 127]
 
 
 # quantization.md 5.6, from the tests of microsoft/microxcaling; its "nearest" is half away from zero.
@@ -91,6 +33,8 @@ MX_E4M3_X = """
 -0.751049160957 -0.488164335489  0.805381953716 -0.172028362751  0.271137863398 -0.503807783127
  1.879478693008 -0.294227510691  0.968807995319  0.670037031174 -0.871595799923  0.304561793804
 -0.567594051361 -1.265962004662"""
+
+
 MX_E4M3_Y = """
 -0.5625 -0.25 0.5 0.40625 -0.4375 1.25 -2.0 1.5 -2.75 -0.203125 -0.0625 -0.203125 2.5 0.0625 0.21875
 -0.875 0.5 0.875 -0.75 -0.5 0.8125 -0.171875 0.28125 -0.5 1.875 -0.28125 1.0 0.6875 -0.875 0.3125
@@ -140,6 +84,8 @@ MX_INT8_X = """
 1.015625 1.0234375 1.03125 1.0390625 1.25 1.2578125 1.9375 1.9453125 1.984375 1.9921875
 -1.984375 -1.9765625 -1.96875 -1.9609375 -1.9375 -1.9296875 -1.75 -1.7421875 -1 -1.9921875
 1.99609375 1.98828125 0 0.00390625 0.0078125 0.01171875 -0.015625 -0.01171875 -0.0078125 -0.00390625"""
+
+
 MX_INT8_Y = """
 1 1 1 1 1 1 1 1 1 1
 1 1 1 1 1 2 2 2 2 2
@@ -178,6 +124,14 @@ def test_power_of_two_scale_is_the_smallest_that_reaches(amax, spec):
     assert scale * spec.q_max >= amax > scale / 2 * spec.q_max
 
 
+@pytest.mark.parametrize("exponent", [-127, -126, 0, 100])
+def test_power_of_two_scale_of_what_it_reaches_exactly(exponent):
+    for rule in ("power_of_two", "power_of_two_floor"):
+        spec = dataclasses.replace(fq.E2M1, scale_rule=rule)
+        scale = fq.compute_scale(torch.tensor(6 * 2.0**exponent), spec)
+        assert scale.item() == 2.0**exponent
+
+
 def test_extreme_and_zero_blocks():
     x = torch.tensor([0.0, 0.0, 1e-45, 0.0, 2.0**-127, 0.0, 3e38, 0.0])
     for rule in ("power_of_two", "power_of_two_floor"):
@@ -186,66 +140,6 @@ def test_extreme_and_zero_blocks():
         assert y[4].item() == 2.0**-127
         assert y[6].item() > 2e38
     assert scale_of(x[:2], mx(fq.E2M1, 2)).tolist() == [1]
-
-
-# quantization.md 5.5: 2^20 values of seed 0, decibels, blocks of 32 with the floor rule.
-COUNT = 2**20
-SAMPLES = {
-    "gauss": lambda: torch.randn(COUNT, generator=torch.Generator().manual_seed(0)),
-    "laplace": lambda: torch.from_numpy(np.random.default_rng(0).laplace(size=COUNT)).float(),
-    "uniform": lambda: torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, COUNT)).float(),
-    "student": lambda: torch.from_numpy(np.random.default_rng(0).standard_t(5, COUNT)).float(),
-}
-MX_FORMATS = (
-    fq.QuantSpec(8, narrow_range=True),
-    fq.E4M3,
-    fq.E5M2,
-    fq.E2M3,
-    fq.E3M2,
-    fq.E2M1,
-    fq.QuantSpec(4, narrow_range=True),
-)
-SQNR = {
-    "gauss": [41.66, 30.65, 25.37, 30.93, 25.37, 18.79, 17.55],
-    "laplace": [40.00, 29.96, 25.22, 30.27, 25.22, 17.93, 16.00],
-    "uniform": [48.06, 26.20, 24.31, 31.25, 24.31, 16.82, 22.69],
-    "student": [40.00, 30.05, 25.24, 30.32, 25.24, 17.98, 15.94],
-}
-
-
-def sqnr_db(x, y):
-    x, y = x.double(), y.double()
-    return 10 * torch.log10((x**2).sum() / ((x - y) ** 2).sum()).item()
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_sqnr_of_mx_formats(name):
-    x = SAMPLES[name]()
-    found = [sqnr_db(x, calibrated(x, mx(spec))) for spec in MX_FORMATS]
-    assert found == pytest.approx(SQNR[name], abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gauss", [0.25, 6.79, 14.14, 20.76, 27.07, 33.22, 39.31]),
-        ("uniform", [6.02, 15.57, 22.92, 29.54, 35.85, 42.00, 48.10]),
-    ],
-)
-def test_sqnr_of_integers_per_tensor(name, expected):
-    x = SAMPLES[name]()
-    found = [sqnr_db(x, calibrated(x, fq.QuantSpec(b, narrow_range=True))) for b in range(2, 9)]
-    assert found == pytest.approx(expected, abs=0.05)
-    if name == "uniform":  # signal 1 / 3, step 1 / q_max
-        theory = [20 * np.log10(2 * (2 ** (b - 1) - 1)) for b in range(2, 9)]
-        assert found == pytest.approx(theory, abs=0.05)
-
-
-def test_sqnr_of_plain_casts():
-    x = SAMPLES["gauss"]()
-    casts = (fq.E4M3, fq.E5M2, fq.BF16, fq.FP16)
-    found = [sqnr_db(x, fq.fake_quantize(x, 1.0, spec=spec)) for spec in casts]
-    assert found == pytest.approx([31.5, 25.56, 55.59, 73.66], abs=0.05)
 
 
 NVFP4 = fq.NVFP4
@@ -268,6 +162,29 @@ def test_nvfp4_has_two_levels():
     assert bool((errors <= 1.07 * fq.granularity.spread(blocks * tensor, x.shape)).all())
     # One-level scales of 8 bits do worse.
     assert sqnr_db(x[1], calibrated(x, spec)[1]) > sqnr_db(x[1], calibrated(x, mx(fq.E2M1))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_levels_of_a_half_amax_are_those_of_its_float32(dtype):
+    amax = torch.tensor([0.0, 0.3, 1.7, 400.0]).to(dtype)
+    for half, wide in zip(
+        fq.two_level_scales(amax), fq.two_level_scales(amax.float()), strict=True
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, wide)
+    blocks, tensor = fq.two_level_scales(amax)
+    assert torch.equal(fq.compute_scale(amax, NVFP4), blocks * tensor)
+
+
+def test_two_levels_of_nothing_and_of_nan():
+    blocks, tensor = fq.two_level_scales(torch.ones(0, 2))
+    assert (blocks.shape, tensor.item()) == ((0, 2), 1)
+    blocks, tensor = fq.two_level_scales(torch.tensor([1.0, NAN]))
+    assert bool((blocks * tensor).isnan().all())
+    with pytest.raises(ValueError, match=r"two_level_scales: amax must not be negative, got -1\.0"):
+        fq.two_level_scales(torch.tensor([1.0, -1.0]))
+    with pytest.raises(TypeError, match="two_level_scales: amax must be a floating-point tensor"):
+        fq.two_level_scales(torch.tensor([1]))
 
 
 def test_adaptive_block_floating_point():
@@ -298,67 +215,14 @@ def test_bounds_of_aqt_and_qwix(bits, bound, reach):
     assert scale.item() == np.float32(3) / np.float32(reach)
 
 
-@given(
-    strategies.float_tensors(st.tuples(st.integers(0, 3), st.integers(0, 9)), (torch.float32,)),
-    st.sampled_from(
-        [fq.QuantSpec(b, u) for b in (2, 3, 4) for u in (False, True)] + [fq.E2M1, fq.NF4]
-    ),
-)
-def test_packing_is_lossless(x, spec):
-    q = fq.quantize(x, 3.7, spec=spec)
-    packed = fq.pack(q)
-    per_byte = 4 if spec.num_bits <= 2 else 2
-    assert packed.packed.shape == (x.shape[0], -(-x.shape[1] // per_byte))
-    assert packed.shape == x.shape
-    back = fq.unpack(packed)
-    assert torch.equal(back.q, q.q)
-    assert back.q.dtype == q.q.dtype
-    assert back.spec == q.spec
-    assert torch.equal(fq.dequantize(packed), fq.dequantize(q))
-
-
-def test_packing_golden_and_transforms():
-    q = fq.quantize(torch.tensor([[1.0, -2.0, 7.0], [0.0, -8.0, 3.0]]), 1.0, spec=fq.QuantSpec(4))
-    packed = fq.pack(q)
-    assert packed.packed.tolist() == [[0x1 | 0xE << 4, 0x7], [0x0 | 0x8 << 4, 0x3]]
-    two = fq.quantize(torch.tensor([1.0, -2.0, -1.0, 0.0, 1.0]), 1.0, spec=fq.QuantSpec(2))
-    assert fq.pack(two).packed.tolist() == [0b00_11_10_01, 0b01]
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda p: fq.dequantize(p), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(packed), fq.dequantize(q))
-    stacked = pytree.tree_map(lambda leaf: torch.stack([leaf, leaf]), packed)
-    assert torch.equal(torch.func.vmap(fq.dequantize)(stacked)[1], fq.dequantize(q))
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: fq.compute_amax(torch.ones(4), 0, 3),
-            ValueError,
-            "block must divide axis 0 of size 4",
-        ),
-        (lambda: fq.compute_amax(torch.ones(4), 0, (1, 2)), ValueError, "one size per kept axis"),
-        (lambda: fq.compute_amax(torch.ones(4), None, 2), ValueError, "block must be None without"),
-        (
-            lambda: fq.fake_quantize(torch.ones(4, 4), torch.ones(3, 1)),
-            ValueError,
-            "scale must have",
-        ),
-        (lambda: fq.fake_quantize(torch.ones(4, 4), torch.ones(2)), ValueError, "scale must have"),
         (lambda: fq.compute_scale(torch.ones(1), bound="half"), ValueError, "bound must be one of"),
         (
             lambda: fq.compute_scale(torch.ones(1), fq.E4M3, "edge"),
             ValueError,
             "bound must be one of",
-        ),
-        (lambda: fq.pack(torch.ones(2)), TypeError, "pack: x must be a QTensor"),
-        (lambda: fq.unpack(torch.ones(2)), TypeError, "unpack: x must be a PackedTensor"),
-        (lambda: fq.pack(fq.quantize(torch.ones(2), 1.0)), ValueError, "at most 4 bits, got 8"),
-        (
-            lambda: fq.pack(fq.quantize(torch.ones(()), 1.0, spec=fq.QuantSpec(4))),
-            ValueError,
-            "at least one axis",
         ),
     ],
 )
