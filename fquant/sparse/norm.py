@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fquant.checks import require_same_device
 from fquant.records import QTensor
 from fquant.sparse.tensor import SparseTensor
 
@@ -39,7 +40,7 @@ def batch_norm(
 
     Raises:
         TypeError: x is no SparseTensor of float features.
-        ValueError: a statistic is not `(C,)`; x has a single cell in training.
+        ValueError: a statistic is not `(C,)`; x has a single cell in training; devices differ.
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0]]]))
@@ -59,6 +60,15 @@ def batch_norm(
             raise ValueError(
                 f"batch_norm: {name} must have shape ({channels},), got {tuple(value.shape)}."
             )
+    given = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, tensor in given.items():
+        if tensor is not None:
+            require_same_device("batch_norm", name, tensor, features)
     if not training or features.shape[0] == 0:
         y = F.batch_norm(features, running_mean, running_var, weight, bias, eps=eps)
         return x.with_features(y), running_mean, running_var

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fquant.checks import require_floating
+from fquant.checks import require_data, require_floating, require_same_device
 from fquant.sparse.tensor import LARGEST_KEY, SparseTensor
 from fquant_kernels.kernel_map.reference import coords_of_keys
 
@@ -54,6 +54,8 @@ def from_points(
     """
     require_floating("from_points", "points", points)
     require_floating("from_points", "features", features)
+    require_data("from_points", "points", points)
+    require_same_device("from_points", "points", points, features)
     low, high, size, shape = _grid(points, voxel_size, lower, upper, batch_size)
     count = points.shape[0]
     if features.ndim != 2 or features.shape[0] != count:
@@ -130,6 +132,7 @@ def _samples(points: Tensor, batch: Tensor | None, batch_size: int) -> Tensor:
             f"from_points: batch must be integers of shape ({points.shape[0]},), "
             f"got {batch.dtype} of shape {tuple(batch.shape)}."
         )
+    require_same_device("from_points", "batch", batch, points)
     if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < batch_size:
         raise ValueError(
             f"from_points: batch must be in [0, {batch_size}), "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fquant.checks import require_same_device
 from fquant.sparse.combine import add_features, join_features, sparse_add
 from fquant.sparse.nn.maps import find_union_maps, moved
 from fquant.sparse.tensor import SparseTensor
@@ -78,6 +79,10 @@ class SparseBatchNorm(SparseModule, nn.BatchNorm1d):
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as spconv's
         if x.features.shape[0] == 0:
             return x
+        for name in ("weight", "running_mean"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require_same_device(type(self).__name__, name, tensor, x.features)
         return x.map(super().forward)
 
 
