@@ -40,7 +40,7 @@ def batch_norm(
 
     Raises:
         TypeError: x is no SparseTensor of float features.
-        ValueError: a statistic is not `(C,)`; x has a single cell in training; devices differ.
+        ValueError: an argument is not `(C,)`; x has a single cell in training; devices differ.
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[0.0, 5.0, 7.0]]]))
@@ -51,24 +51,7 @@ def batch_norm(
     References:
         Ioffe, Szegedy 2015, Batch Normalization, arXiv 1502.03167.
     """
-    if not isinstance(x, SparseTensor) or isinstance(x.features, QTensor):
-        got = type(x.features if isinstance(x, SparseTensor) else x).__name__
-        raise TypeError(f"batch_norm: x must be a SparseTensor of float features, got {got}.")
-    features, channels = x.features, x.features.shape[1]
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if tuple(value.shape) != (channels,):
-            raise ValueError(
-                f"batch_norm: {name} must have shape ({channels},), got {tuple(value.shape)}."
-            )
-    given = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    for name, tensor in given.items():
-        if tensor is not None:
-            require_same_device("batch_norm", name, tensor, features)
+    features = check_norm_args("batch_norm", x, running_mean, running_var, weight, bias)
     if not training or features.shape[0] == 0:
         y = F.batch_norm(features, running_mean, running_var, weight, bias, eps=eps)
         return x.with_features(y), running_mean, running_var
@@ -79,3 +62,28 @@ def batch_norm(
     new_mean = (1 - momentum) * running_mean + momentum * mean.to(running_mean.dtype)
     new_var = (1 - momentum) * running_var + momentum * var.to(running_var.dtype)
     return x.with_features(y), new_mean, new_var
+
+
+def check_norm_args(
+    function: str,
+    x: SparseTensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Returns the features of x after checking all; reads no values."""
+    if not isinstance(x, SparseTensor) or isinstance(x.features, QTensor):
+        got = type(x.features if isinstance(x, SparseTensor) else x).__name__
+        raise TypeError(f"{function}: x must be a SparseTensor of float features, got {got}.")
+    shape = (x.features.shape[1],)
+    named = {"running_mean": running_mean, "running_var": running_var}
+    for name, value in (named | {"weight": weight, "bias": bias}).items():
+        if value is None:
+            continue
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{function}: {name} must have shape {shape}, got {tuple(value.shape)}."
+            )
+        require_same_device(function, name, value, x.features)
+    return x.features

@@ -89,6 +89,8 @@ class _Converter:
             return self._filled(ours.SparseSequential(), module, path)
         if type(module) is tables.ConcatTable:
             return self._filled(ours.ConcatTable(), module, path)
+        if isinstance(module, small.SparseSyncBatchNorm):
+            return self._copied(module, path, ours.SparseSyncBatchNorm)
         if isinstance(module, small.SparseBatchNorm):
             return self._copied(module, path, ours.SparseBatchNorm)
         if type(module).__module__.startswith("spconv."):

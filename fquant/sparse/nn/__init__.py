@@ -15,6 +15,7 @@ from fquant.sparse.nn.containers import (
     SparseModule,
     SparseReLU,
     SparseSequential,
+    SparseSyncBatchNorm,
     ToDense,
 )
 from fquant.sparse.nn.convolution import (
@@ -96,6 +97,7 @@ __all__ = [
     "SparsePool",
     "SparseReLU",
     "SparseSequential",
+    "SparseSyncBatchNorm",
     "SubMConv",
     "SubMConv1d",
     "SubMConv2d",
