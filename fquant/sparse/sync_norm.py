@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fquant.sparse.norm import batch_norm, check_norm_args
+from fquant.sparse.norm import batch_norm, check_norm_args, followed, normalized
 from fquant.sparse.tensor import SparseTensor
 
 
@@ -67,22 +67,14 @@ def sync_batch_norm(
     )
     mean = total / all_cells.clamp(min=1)
     var = (squares / all_cells.clamp(min=1) - mean.square()).clamp(min=0)
-    y = (exact - mean) * torch.rsqrt(var + eps)
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-
+    y = normalized(exact - mean, var, weight, bias, eps)
     known = all_cells > 1
     unbiased = var.detach() * all_cells / (all_cells - 1).clamp(min=1)
     return (
         x.with_features(y.to(features.dtype)),
-        _follow(running_mean, mean.detach(), known, momentum),
-        _follow(running_var, unbiased, known, momentum),
+        torch.where(known, followed(running_mean, mean.detach(), momentum), running_mean),
+        torch.where(known, followed(running_var, unbiased, momentum), running_var),
     )
-
-
-def _follow(running: Tensor, seen: Tensor, known: Tensor, momentum: float) -> Tensor:
-    moved = (1 - momentum) * running + momentum * seen.to(running.dtype)
-    return torch.where(known, moved, running)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -204,6 +204,7 @@ def test_the_bound_is_no_blank_cheque():
     "layer",
     [
         lambda: peer.SparseBatchNorm(3, eps=1e-3, momentum=0.2),
+        lambda: peer.modules.SparseSyncBatchNorm(3).eval(),
         lambda: peer.SparseSequential(torch.nn.BatchNorm1d(3), torch.nn.ReLU()),
         lambda: peer.SparseSequential(
             peer.ConcatTable().add(peer.SparseIdentity()).add(peer.SparseReLU()), peer.AddTable()
@@ -213,7 +214,14 @@ def test_the_bound_is_no_blank_cheque():
         ),
         lambda: peer.SparseSequential(peer.ToDense()),
     ],
-    ids=["SparseBatchNorm", "BatchNorm1d and ReLU", "AddTable", "JoinTable", "ToDense"],
+    ids=[
+        "SparseBatchNorm",
+        "SparseSyncBatchNorm",
+        "BatchNorm1d and ReLU",
+        "AddTable",
+        "JoinTable",
+        "ToDense",
+    ],
 )
 def test_small_modules_are_equal(layer):
     g = torch.Generator().manual_seed(0)
