@@ -151,8 +151,8 @@ class SparseTensor:
         return self.with_features(features)
 
     def dense(self) -> Tensor:
-        """Returns `to_dense()`."""
-        return self.to_dense()
+        """Returns `to_dense()` in contiguous memory, of which forwards take views."""
+        return self.to_dense().contiguous()
 
 
 def check_coords(

@@ -50,10 +50,10 @@ class SparseSequential(SparseModule, nn.Sequential):
 
 
 class ToDense(SparseModule):
-    """Returns `(B, C, *spatial)`, zeros where no cell is active."""
+    """Returns `(B, C, *spatial)`, contiguous, zeros where no cell is active."""
 
     def forward(self, x: SparseTensor) -> Tensor:
-        return x.to_dense()
+        return x.dense()
 
 
 class SparseIdentity(SparseModule):
