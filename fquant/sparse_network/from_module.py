@@ -213,8 +213,8 @@ class _State:
 
     def add(self, node: fx.Node) -> tuple[str, ...]:
         """The later of two convolutions takes the other value as its residual."""
-        if len(node.args) != 2 or any(arg not in self.values for arg in node.args):
-            self.refuse(node, f"a sum of {node.args}")
+        if len(node.args) != 2 or node.kwargs or any(a not in self.values for a in node.args):
+            self.refuse(node, f"a sum of {node.args}, {node.kwargs}")
         order = {name: i for i, name in enumerate(self.layers)}
         a, b = sorted(node.args, key=lambda arg: order.get(self.values[arg][0], -1))  # type: ignore[index]
         layer = self.unfinished(node, b, "a sum")

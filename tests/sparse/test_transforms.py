@@ -249,7 +249,77 @@ SPARSE += [
 ]
 
 
-@pytest.mark.parametrize(("case", "check"), transform_matrix(SPARSE))
+def there_and_back(f, w, b):
+    """Each convolution but the transposed one, batch norm, sum, join, and both pools, in a row."""
+    x = CELLS.with_features(f)
+    fine = subm_conv(x, w, b, kernel_map=SUBM)
+    normed = batch_norm(fine, torch.zeros_like(b), torch.ones_like(b), b, b, training=True)[0]
+    coarse = sparse_conv(normed, w.transpose(0, -1), kernel_map=STRIDED)
+    back = sparse_inverse_conv(coarse, w, b, kernel_map=STRIDED)
+    y = join_features(add_features(back, fine), x)
+    pooled = (p(y, 3, kernel_map=STRIDED).features for p in (max_pool, avg_pool))
+    return torch.cat([*pooled], dim=1)
+
+
+def there_and_back_dense(f, w, b):
+    fine = dense_conv(SUBM, 1)(f, w, b)
+    step = (fine.var(0, unbiased=False) + 1e-5).sqrt()
+    normed = (fine - fine.mean(0)) / step * b + b
+    coarse = dense_conv(STRIDED, 2)(normed, w.transpose(0, -1), None)
+    y = torch.cat([dense_inverse(coarse, w, b) + fine, f], dim=1)
+    return torch.cat([dense_pool(y), dense_avg_pool(y)], dim=1)
+
+
+def out_and_up(f, w, b):
+    """What the other leaves out."""
+    x = CELLS.with_features(fq.fake_quantize(f, 0.01))
+    raised = sparse_conv_transpose(x, w, b, kernel_map=RAISED)
+    both = sparse_add(x, OTHER.with_features(OTHER_FEATURES), kernel_maps=UNION)
+    parts = [raised.features, both.features, x.to_dense(), global_avg_pool(x), global_max_pool(x)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def out_and_up_dense(f, w, b):
+    inside = f.clamp(-1.28, 1.27)
+    f = inside + ((f / 0.01).round().clamp(-128, 127) * 0.01 - inside).detach()
+    dense = CELLS.with_features(f).to_dense()
+    parts = [dense_transposed(f, w, b), dense_sum(f, OTHER_FEATURES), dense]
+    parts += [dense.mean(dim=(2, 3)), largest_per_sample(f)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+# What is compiled or exported is a dozen operations at a time; all else is one at a time.
+ROWS = [
+    TransformCase(
+        "there and back",
+        there_and_back,
+        there_and_back_dense,
+        there_and_back_dense,
+        (FEATURES, WEIGHT, BIAS),
+        atol=1e-8,
+    ),
+    TransformCase(
+        "out and up",
+        out_and_up,
+        out_and_up_dense,
+        out_and_up_dense,
+        (FEATURES, WEIGHT, BIAS),
+        atol=1e-10,
+    ),
+]
+
+
+def of_graphs(param):
+    return param.values[1].__name__.startswith(("compile", "export"))
+
+
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [
+        *(p for p in transform_matrix(SPARSE) if not of_graphs(p)),
+        *(p for p in transform_matrix(ROWS) if of_graphs(p)),
+    ],
+)
 def test_transform_matrix(case, check):
     check(case)
 

@@ -132,6 +132,7 @@ class SumOfInputs(torch_nn.Module):
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.Tanh()), "Tanh"),
         (OnFeatures(lambda x, y: torch.cat([x.features, y.features])), "other than channels"),
         (OnFeatures(lambda x, y: y.features + 1), "a sum of"),
+        (OnFeatures(lambda x, y: torch.add(x.features, y.features, alpha=2)), "a sum of"),
         (OnFeatures(lambda x, y: y.features * 2), "mul"),
         (OnFeatures(lambda x, y: y.features[:, :1]), "getitem"),
         (
