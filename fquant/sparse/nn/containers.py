@@ -83,7 +83,7 @@ class SparseBatchNorm(SparseModule, nn.BatchNorm1d):
         for name in ("weight", "running_mean"):
             tensor = getattr(self, name)
             if tensor is not None:
-                require_same_device(type(self).__name__, name, tensor, x.features)
+                require_same_device(type(self).__name__, name, tensor, x.features)  # type: ignore[arg-type]
         return x.map(super().forward)
 
 
