@@ -15,7 +15,15 @@ import pytest
 import torch
 
 import fquant as fq
-from fquant.sparse import SparseTensor, from_points, models, nn
+from fquant.sparse import (
+    SparseTensor,
+    avg_pool,
+    from_points,
+    global_avg_pool,
+    global_max_pool,
+    models,
+    nn,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -137,6 +145,25 @@ def test_converted_models_share_parameters_and_compute_the_same():
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())
     assert (convert_spconv(theirs)(x) < 0).any()  # a maximum of negative values is negative
+
+
+def test_pools_that_spconv_cannot_run_on_cpu_are_over_active_cells():
+    x = scene(3)
+    pool = convert_spconv(peer.SparseAvgPool2d(3, 2, 1))
+    assert torch.equal(pool(x).features, avg_pool(x, 3, 2, 1, count_absent=False).features)
+    mean = convert_spconv(peer.SparseGlobalAvgPool())
+    assert torch.equal(mean(x), global_avg_pool(x, count_absent=False))
+    largest = convert_spconv(peer.SparseGlobalMaxPool())
+    assert torch.equal(largest(x), global_max_pool(x))
+
+
+def test_modules_that_are_there_twice_stay_one_and_keep_their_mode():
+    conv = peer.SubMConv2d(2, 2, 3, bias=False)
+    theirs = peer.SparseSequential(conv, torch.nn.BatchNorm1d(2).eval(), conv).train()
+    theirs[1].eval()
+    ours = convert_spconv(theirs)
+    assert ours[0] is ours[2]
+    assert [m.training for m in (ours, *ours)] == [m.training for m in (theirs, *theirs)]
 
 
 def test_a_plan_is_the_same_for_spconvs_modules_and_ours():

@@ -173,6 +173,7 @@ def test_sums_over_the_union_are_dense_sums(data):
     b = b.with_features(integers(data, len(keys), a.features.shape[1]))
     y = sparse_add(a, b)
     assert torch.equal(y.to_dense(), a.to_dense() + b.to_dense())
+    assert y.coords.dtype == a.coords.dtype
     rows = y.coords.tolist()
     assert rows == sorted(map(list, {tuple(r) for t in (a, b) for r in t.coords.tolist()}))
     module = nn.AddTableMisaligned()([a, b])

@@ -82,9 +82,13 @@ def test_points_that_are_not_finite_are_left_out():
 
 
 def test_points_just_below_the_end_stay_in_the_grid():
-    end = torch.tensor([[0.3]], dtype=torch.float64).nextafter(torch.zeros(1, 1).double())
-    cells, _ = from_points(end, torch.ones(1, 1), 0.1, [0.0], [0.3])
-    assert cells.coords[0, 1] < cells.spatial_shape[0]
+    lower, upper, size = -0.3, -0.09999999999999998, 0.2  # of one cell
+    point = math.nextafter(upper, lower)
+    assert math.floor((point - lower) / size) == 1  # in floating point
+    end = torch.tensor([[point]], dtype=torch.float64)
+    cells, _ = from_points(end, torch.ones(1, 1), size, [lower], [upper])
+    assert cells.spatial_shape == (1,)
+    assert cells.coords.tolist() == [[0, 0]]
 
 
 def test_differentiable():

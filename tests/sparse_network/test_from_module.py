@@ -107,6 +107,20 @@ def test_forwards_on_features_are_listed_as_they_are():
     assert listed.layers[-1].inputs == ("first", "second")
 
 
+class NormAfterSum(OnFeatures):
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        return y.with_features(self.norm(y.features + x.features))
+
+
+class SumOfThree(OnFeatures):
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        return (y + x) + x
+
+
 class TwoReaders(torch_nn.Module):
     def __init__(self):
         super().__init__()
@@ -126,6 +140,8 @@ class SumOfInputs(torch_nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (NormAfterSum(), "batch norm that does not follow a convolution"),
+        (SumOfThree(), "or of three"),
         (TwoReaders(), "which others read as well"),
         (SumOfInputs(), "which is no convolution's result"),
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), nn.SparseAvgPool1d(2)), "SparseAvgPool1d"),

@@ -69,7 +69,8 @@ class _Converter:
     def module(self, module: nn.Module, path: str) -> nn.Module:
         if id(module) not in self.done:
             made = self._made(module, path)
-            self.done[id(module)] = made.train(module.training)
+            made.training = module.training  # not train(): children have their own
+            self.done[id(module)] = made
         return self.done[id(module)]
 
     def _made(self, module: Any, path: str) -> nn.Module:
