@@ -185,6 +185,18 @@ def test_batch_norm_returns_what_torchs_module_becomes(training):
     assert y.features.shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_half_types_is_rounded_once(dtype, training):
+    x = scene(3, (6, 6), dtype=dtype)
+    mean, var, gamma = torch.zeros(3), torch.ones(3), torch.tensor([0.3, 1.0, -2.0])
+    arguments = (mean, var, gamma.to(dtype), gamma.to(dtype))
+    y = batch_norm(x, *arguments, training=training)
+    exact = batch_norm(x.map(torch.Tensor.float), *arguments, training=training)
+    assert torch.equal(y[0].features, exact[0].features.to(dtype))
+    assert torch.equal(y[2], exact[2])
+
+
 def test_the_inference_op_serves_only_where_no_derivative_can_be_asked_for():
     features = torch.ones(1, 1)
     assert not fast_kernel_serves(features)
