@@ -77,6 +77,18 @@ def test_two_ranks_are_one(sizes):
         assert torch.allclose(found, whole, rtol=1e-4, atol=1e-4), i
 
 
+def test_a_large_mean_does_not_drown_the_variance():
+    parts = [part + 5000 for part in scene((20, 30))]
+    a, b = on_two_ranks(
+        lambda rank, group: (
+            sync_batch_norm(cells(parts[rank]), MEAN, VAR, training=True, group=group)[0].features
+        )
+    )
+    exact = batch_norm(cells(torch.cat(parts).double()), MEAN.double(), VAR.double(), training=True)
+    # float32 sums of squares of 25 million leave a variance of 9 no digit.
+    assert torch.allclose(torch.cat([a, b]).double(), exact[0].features, atol=1e-5)
+
+
 def test_autograd_gives_the_same_as_func_grad():
     parts = scene((4, 6))
 
