@@ -246,6 +246,13 @@ def with_wrong_map():
     ("call", "error", "message"),
     [
         (lambda: nn.SubMConv2d(2, 2, 2), ValueError, "SubMConv2d: kernel_size must be odd"),
+        (
+            lambda: add_features(
+                X, SparseTensor(X.features, X.coords.flip(0), X.spatial_shape, X.batch_size)
+            ),
+            ValueError,
+            "add_features: tensors must have the same cells in the same order",
+        ),
         (lambda: nn.SubMConv2d(2, 2, 3, 2), ValueError, "and stride 1"),
         (lambda: nn.SubMConv2d(2, 2, 3, groups=2), ValueError, "groups must be 1, got 2"),
         (lambda: nn.SparseConv2d(2, 2, (3, 3, 3)), ValueError, "SparseConv2d: kernel_size must be"),
