@@ -93,6 +93,14 @@ def require_same_device(function: str, argument: str, value: Tensor, like: Tenso
         )
 
 
+def require_data(function: str, argument: str, value: Tensor) -> None:
+    """Raises ValueError if a tensor is on the meta device, where there are no values to read."""
+    if value.is_meta:
+        raise ValueError(
+            f"{function}: {argument} must have data, because its values are read, got a tensor on meta."
+        )
+
+
 def compute_dtype(inputs: Tensor) -> torch.dtype:
     """The dtype that arithmetic on `inputs` is done in: float32, or float64 for float64.
 

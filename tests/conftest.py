@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `dev` (50 examples), `ci` (200, the same ones every run); seeds."""
+"""Hypothesis profiles: `dev` (50 examples), `ci` (200, the same every run), `thorough` (2000); seeds."""
 
 import os
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Inductor else compiles a program of its own, for seconds, to see whether the compiler knows the CPU.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -13,6 +15,9 @@ SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=SLOW_IS_FINE)
 settings.register_profile(
     "ci", max_examples=200, deadline=None, derandomize=True, suppress_health_check=SLOW_IS_FINE
+)
+settings.register_profile(
+    "thorough", max_examples=2000, deadline=None, suppress_health_check=SLOW_IS_FINE
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -87,7 +87,7 @@ def dynamic_rows(tree: Any) -> torch.export.ShapesCollection:
     """Returns `dynamic_shapes` that let the number of cells of every sparse record vary.
 
     Args:
-        tree: example arguments; SparseTensors and KernelMaps are found in it.
+        tree: example arguments; SparseTensors, their maps and other KernelMaps are found in it.
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.eye(3)[None, None])
@@ -99,6 +99,7 @@ def dynamic_rows(tree: Any) -> torch.export.ShapesCollection:
         rows: dict[str, int] = {}
         if isinstance(record, SparseTensor):
             rows = {"features": 0, "coords": 0}
+            pytree.tree_map(lambda leaf: leaf, record.maps or {}, is_leaf=add)
         elif isinstance(record, KernelMap):
             rows = {"neighbors": 1, "in_coords": 0, "out_coords": 0}
         for field, axis in rows.items():

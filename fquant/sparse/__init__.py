@@ -26,19 +26,23 @@ from fquant.sparse.kernel_map import (
     transposed_conv_map,
 )
 from fquant.sparse.norm import batch_norm
-from fquant.sparse.points import from_points
+from fquant.sparse.points import VoxelLimitWarning, from_points
 from fquant.sparse.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from fquant.sparse.prune import find_cells, prune
+from fquant.sparse.sync_norm import sync_batch_norm
 from fquant.sparse.tensor import SparseTensor
 
 __all__ = [
     "Geometry",
     "KernelMap",
     "SparseTensor",
+    "VoxelLimitWarning",
     "add_features",
     "avg_pool",
     "batch_norm",
     "build_map",
     "conv_map",
+    "find_cells",
     "from_points",
     "global_avg_pool",
     "global_max_pool",
@@ -46,6 +50,7 @@ __all__ = [
     "max_pool",
     "pad_map",
     "pad_to_capacity",
+    "prune",
     "sparse_add",
     "sparse_conv",
     "sparse_conv_int8",
@@ -53,6 +58,7 @@ __all__ = [
     "sparse_inverse_conv",
     "subm_conv",
     "subm_map",
+    "sync_batch_norm",
     "transpose_map",
     "transposed_conv_map",
     "union_maps",

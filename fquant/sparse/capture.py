@@ -21,6 +21,9 @@ def gather_neighbors(features: Tensor, neighbors: Tensor, absent: float) -> Tens
 
     `torch.embedding` gathers twice as fast as indexing does, and its derivative skips absent rows.
     """
+    taps, outputs = neighbors.shape
+    if outputs == 0:  # the second derivative of an embedding of nothing fails in a reshape
+        return features[:0, None].expand(-1, taps, -1)
     absent_row = features.shape[0]
     padded = torch.cat([features, features.new_full((1, features.shape[1]), absent)])
     rows = torch.where(neighbors < 0, absent_row, neighbors).T.contiguous()

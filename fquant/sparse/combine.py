@@ -5,7 +5,7 @@ import operator
 
 import torch
 
-from fquant.checks import require_same_device, values_readable
+from fquant.checks import require_data, require_same_device, values_readable
 from fquant.sparse.capture import gather_neighbors
 from fquant.sparse.kernel_map import Cells, KernelMap
 from fquant.sparse.tensor import SparseTensor
@@ -70,6 +70,7 @@ def union_maps(*cells: Cells) -> tuple[KernelMap, ...]:
         [[[-1, 0, 1]], [[0, -1, 1]]]
     """
     _require_same_grid("union_maps", cells)
+    require_data("union_maps", "coords", cells[0].coords)
     shape = cells[0].spatial_shape
     keys = torch.cat([linear_keys(c.coords, shape) for c in cells]).unique()
     out_coords = coords_of_keys(keys, shape, cells[0].coords.dtype)
@@ -106,7 +107,7 @@ def sparse_add(
     """
     _require_floats("sparse_add", tensors)
     _require_same_grid("sparse_add", tensors)
-    channels = [t.features.shape[1] for t in tensors]
+    first, channels = tensors[0], [t.features.shape[1] for t in tensors]
     if len(set(channels)) > 1:
         raise ValueError(f"sparse_add: tensors must have the same channels, got {channels}.")
     maps = union_maps(*tensors) if kernel_maps is None else kernel_maps
@@ -116,11 +117,12 @@ def sparse_add(
             "sparse_add: kernel_maps must be union_maps of the tensors, with "
             f"{[t.features.shape[0] for t in tensors]} rows, got {rows}."
         )
+    for m in maps:
+        require_same_device("sparse_add", "kernel_maps", m.neighbors, first.coords)
     parts = [
         gather_neighbors(t.features, m.neighbors, 0.0)[:, 0]  # type: ignore[arg-type]
         for t, m in zip(tensors, maps, strict=True)
     ]
-    first = tensors[0]
     features = functools.reduce(operator.add, parts)
     return SparseTensor(features, maps[0].out_coords, first.spatial_shape, first.batch_size)
 
@@ -146,6 +148,7 @@ def _require_floats(function: str, tensors: tuple[SparseTensor, ...]) -> None:
             raise TypeError(
                 f"{function}: tensors must be SparseTensors of float features, got {got}."
             )
+        require_same_device(function, "coords", t.coords, t.features)
 
 
 def _require_same_grid(function: str, cells: tuple[Cells, ...]) -> None:

@@ -1,15 +1,22 @@
 """Voxelization: points with features to one row per occupied cell."""
 
+import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fquant.checks import require_floating
+from fquant.checks import require_data, require_floating, require_same_device
 from fquant.sparse.tensor import LARGEST_KEY, SparseTensor
 from fquant_kernels.kernel_map.reference import coords_of_keys
 
 REDUCTIONS = ("mean", "max", "first")
+OUTSIDE, OVER_LIMIT = -1, -2  # rows of points that are in no voxel of the result
+
+
+class VoxelLimitWarning(UserWarning):
+    """Voxels were left out, because there are more than `max_voxels`."""
 
 
 def from_points(
@@ -23,6 +30,7 @@ def from_points(
     batch_size: int = 1,
     reduce: str = "mean",
     max_points: int | None = None,
+    max_voxels: int | None = None,
 ) -> tuple[SparseTensor, Tensor]:
     """Returns (cells, cell_of_point): the occupied voxels of a range, and each point's row in them.
 
@@ -40,11 +48,14 @@ def from_points(
         batch_size: number of samples.
         reduce: "mean", "max" or "first" of the features of a cell's points; differentiable.
         max_points: how many points of a cell take part, the first ones in order; None for all.
+        max_voxels: how many cells of a sample there may be, those that come first in the order of
+            points; the others are left out with a VoxelLimitWarning, and their points get row -2.
+            None for all.
 
     Raises:
         TypeError: points or features is not a floating-point tensor.
         ValueError: a shape does not fit, the range is empty, a sample is out of range, reduce is
-            none of the three, or max_points is not positive.
+            none of the three, max_points or max_voxels is not positive, or devices differ.
 
     Example:
         >>> points = torch.tensor([[0.1, 0.2], [0.3, 0.4], [2.5, 0.1]])
@@ -54,6 +65,8 @@ def from_points(
     """
     require_floating("from_points", "points", points)
     require_floating("from_points", "features", features)
+    require_data("from_points", "points", points)
+    require_same_device("from_points", "points", points, features)
     low, high, size, shape = _grid(points, voxel_size, lower, upper, batch_size)
     count = points.shape[0]
     if features.ndim != 2 or features.shape[0] != count:
@@ -63,8 +76,9 @@ def from_points(
         )
     if reduce not in REDUCTIONS:
         raise ValueError(f"from_points: reduce must be one of {REDUCTIONS}, got {reduce!r}.")
-    if max_points is not None and max_points < 1:
-        raise ValueError(f"from_points: max_points must be at least 1, got {max_points}.")
+    for name, limit in (("max_points", max_points), ("max_voxels", max_voxels)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"from_points: {name} must be at least 1, got {limit}.")
     sample = _samples(points, batch, batch_size)
 
     position = points.detach().double()
@@ -76,13 +90,15 @@ def from_points(
     for axis, cells in enumerate(shape):
         keys = keys * cells + cell[:, axis]
     unique, row = keys.unique(return_inverse=True)
-    values, row_of = features[inside], row
-    if max_points is not None:
-        taking_part = _place_in_cell(row) < max_points
-        values, row_of = values[taking_part], row[taking_part]
-    reduced = _reduce(values, row_of, unique.shape[0], reduce)
-    cell_of_point = torch.full((count,), -1, dtype=torch.int64, device=points.device)
+    if max_voxels is not None:
+        unique, row = _limited(unique, row, unique // math.prod(shape), max_voxels)
+    cell_of_point = torch.full((count,), OUTSIDE, dtype=torch.int64, device=points.device)
     cell_of_point[inside] = row
+    values, row_of = features[cell_of_point >= 0], row[row >= 0]
+    if max_points is not None:
+        taking_part = _place_in_group(row_of) < max_points
+        values, row_of = values[taking_part], row_of[taking_part]
+    reduced = _reduce(values, row_of, unique.shape[0], reduce)
     coords = coords_of_keys(unique, shape, torch.int32 if max(shape) < 2**31 else torch.int64)
     return SparseTensor(reduced, coords, shape, batch_size), cell_of_point
 
@@ -130,6 +146,7 @@ def _samples(points: Tensor, batch: Tensor | None, batch_size: int) -> Tensor:
             f"from_points: batch must be integers of shape ({points.shape[0]},), "
             f"got {batch.dtype} of shape {tuple(batch.shape)}."
         )
+    require_same_device("from_points", "batch", batch, points)
     if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < batch_size:
         raise ValueError(
             f"from_points: batch must be in [0, {batch_size}), "
@@ -138,11 +155,36 @@ def _samples(points: Tensor, batch: Tensor | None, batch_size: int) -> Tensor:
     return batch.long()
 
 
-def _place_in_cell(row: Tensor) -> Tensor:
-    """How many points of the same cell come before each point."""
-    in_order, point = row.sort(stable=True)
-    place = torch.empty_like(row)
-    place[point] = torch.arange(row.shape[0], device=row.device) - torch.searchsorted(
+def _limited(keys: Tensor, row: Tensor, sample: Tensor, max_voxels: int) -> tuple[Tensor, Tensor]:
+    """Returns the keys of the cells that are kept, and each point's row among them."""
+    by_point = _first_of_each(row, keys.shape[0]).argsort()
+    place = torch.empty_like(by_point)
+    place[by_point] = _place_in_group(sample[by_point])
+    kept = place < max_voxels
+    dropped = keys.shape[0] - int(kept.sum())
+    if dropped == 0:
+        return keys, row
+    row = torch.where(kept, kept.cumsum(0) - 1, OVER_LIMIT)[row]
+    warnings.warn(
+        f"from_points: max_voxels = {max_voxels} a sample leaves out {dropped} of {keys.shape[0]} "
+        f"voxels with {int((row == OVER_LIMIT).sum())} points, whose rows are {OVER_LIMIT}.",
+        VoxelLimitWarning,
+        stacklevel=3,
+    )
+    return keys[kept], row
+
+
+def _first_of_each(group: Tensor, groups: int) -> Tensor:
+    """The index of the first element of each group; every group has one."""
+    order = torch.arange(group.shape[0], device=group.device)
+    return order.new_full((groups,), group.shape[0]).scatter_reduce(0, group, order, "amin")
+
+
+def _place_in_group(group: Tensor) -> Tensor:
+    """How many elements of the same group come before each."""
+    in_order, element = group.sort(stable=True)
+    place = torch.empty_like(group)
+    place[element] = torch.arange(group.shape[0], device=group.device) - torch.searchsorted(
         in_order, in_order
     )
     return place
@@ -151,9 +193,7 @@ def _place_in_cell(row: Tensor) -> Tensor:
 def _reduce(features: Tensor, row: Tensor, num_cells: int, reduce: str) -> Tensor:
     shape = (num_cells, features.shape[1])
     if reduce == "first":
-        order = torch.arange(row.shape[0], device=row.device)
-        first = order.new_full((num_cells,), row.shape[0]).scatter_reduce(0, row, order, "amin")
-        return features[first]
+        return features[_first_of_each(row, num_cells)]
     if reduce == "max":
         index = row.unsqueeze(1).expand_as(features)
         zeros = features.new_zeros(shape)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fquant.checks import require_same_device
+from fquant.checks import require_same_device, values_readable
 from fquant.records import QTensor
 from fquant.sparse.capture import gather_neighbors, window_max
 from fquant.sparse.conv import check_map, outputs
@@ -114,13 +114,17 @@ def global_avg_pool(x: SparseTensor, *, count_absent: bool = True) -> Tensor:
         count_absent: whether absent cells count as zeros, as the mean of the densified tensor;
             otherwise the mean is over active cells, as spconv documents it.
 
+    Raises:
+        TypeError: x is no SparseTensor of float features.
+        ValueError: a sample is not below batch_size, or devices differ.
+
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[6.0, 0.0, 2.0, 4.0]]]))
         >>> global_avg_pool(x), global_avg_pool(x, count_absent=False)
         (tensor([[3.]]), tensor([[4.]]))
     """
     features = _float_features("global_avg_pool", x)
-    sample = _sample_of_row(x)
+    sample = _sample_of_row("global_avg_pool", x)
     total = features.new_zeros(x.batch_size + 1, features.shape[1]).index_add(0, sample, features)
     total = total[: x.batch_size]
     if count_absent:
@@ -136,22 +140,29 @@ def global_max_pool(x: SparseTensor) -> Tensor:
 
     A sample without cells gets zeros. Where values tie, they share the derivative.
 
+    Raises:
+        TypeError, ValueError: as `global_avg_pool`.
+
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.tensor([[[-6.0, 0.0, -2.0]]]))
         >>> global_max_pool(x)
         tensor([[-2.]])
     """
     features = _float_features("global_max_pool", x)
-    sample = _sample_of_row(x).unsqueeze(1).expand(-1, features.shape[1])
+    sample = _sample_of_row("global_max_pool", x).unsqueeze(1).expand(-1, features.shape[1])
     largest = features.new_zeros(x.batch_size + 1, features.shape[1]).scatter_reduce(
         0, sample, features, "amax", include_self=False
     )
     return largest[: x.batch_size]
 
 
-def _sample_of_row(x: SparseTensor) -> Tensor:
+def _sample_of_row(function: str, x: SparseTensor) -> Tensor:
     """Returns the sample of each row; rows of padding (see `capacity`) get one more, to be dropped."""
     sample = x.coords[:, 0].long()
+    if values_readable(sample) and bool((sample >= x.batch_size).any()):
+        raise ValueError(
+            f"{function}: coords must have samples below {x.batch_size}, got {int(sample.max())}."
+        )
     return torch.where(sample < 0, x.batch_size, sample)
 
 

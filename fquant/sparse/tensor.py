@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fquant.checks import require_same_device
+from fquant.checks import require_data, require_same_device, values_readable
 from fquant.pytree import record, static
 from fquant.records import QTensor
 from fquant_kernels.kernel_map import linear_keys
@@ -104,18 +104,23 @@ class SparseTensor:
     def to_dense(self) -> Tensor:
         """Returns `(B, C, *spatial)` with the features in place and zeros elsewhere; differentiable.
 
+        Rows of padding (see `fquant.sparse.capacity`) are left out.
+
         Raises:
             TypeError: the features are quantized; `fquant.dequantize` the record first.
-            ValueError: features and coords are on two devices.
+            ValueError: features and coords are on two devices; (where values can be read) coords as in
+                `create`.
         """
         if isinstance(self.features, QTensor):
             raise TypeError("SparseTensor.to_dense: features must be a tensor, got QTensor.")
         require_same_device("SparseTensor.to_dense", "coords", self.coords, self.features)
-        cells = self.batch_size * math.prod(self.spatial_shape)
-        keys = linear_keys(self.coords, self.spatial_shape)
-        flat = self.features.new_zeros(cells, self.features.shape[1])
-        flat = flat.index_put((keys,), self.features)
-        return flat.view(self.batch_size, *self.spatial_shape, -1).movedim(-1, 1)
+        shape, padding = self.spatial_shape, (self.coords == -1).all(dim=1)
+        if values_readable(self.coords):
+            check_coords("SparseTensor.to_dense", self.coords[~padding], shape, self.batch_size)
+        cells, channels = self.batch_size * math.prod(shape), self.features.shape[1]
+        keys = torch.where(padding, cells, linear_keys(self.coords, shape))
+        flat = self.features.new_zeros(cells + 1, channels).index_put((keys,), self.features)
+        return flat[:cells].view(self.batch_size, *shape, channels).movedim(-1, 1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SparseTensor:
         """Returns the record with `function(features)` for features, for example `torch.relu`."""
@@ -146,8 +151,8 @@ class SparseTensor:
         return self.with_features(features)
 
     def dense(self) -> Tensor:
-        """Returns `to_dense()`."""
-        return self.to_dense()
+        """Returns `to_dense()` in contiguous memory, of which forwards take views."""
+        return self.to_dense().contiguous()
 
 
 def check_coords(
@@ -168,6 +173,7 @@ def check_coords(
             f"{function}: coords must have shape (N, {1 + len(spatial_shape)}), the batch and one "
             f"column per axis of spatial_shape {spatial_shape}, got {tuple(coords.shape)}."
         )
+    require_data(function, "coords", coords)
     if batch_size * math.prod(spatial_shape) > LARGEST_KEY:
         raise ValueError(
             f"{function}: batch_size * prod(spatial_shape) must be below 2^63, "

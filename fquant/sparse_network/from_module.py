@@ -2,9 +2,11 @@
 
 The model is traced by torch.fx with its convolutions, norms and activations as single steps; what
 stands between them is taken apart into batch norm behind a convolution, a residual sum, ReLU, and
-joined channels. The model itself is not run on data, and not written.
+joined channels. Records and their features are one in the trace, so forwards may take features out and
+put others in, as those written for spconv do. The model itself is not run on data, and not written.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from fquant.sparse_network.layer import NETWORK_INPUT, Layer, check_layers
 NORMS = (nn.BatchNorm1d,)
 RELUS = (nn.ReLU, sparse_nn.SparseReLU)
 RELU_FUNCTIONS = (torch.relu, nn.functional.relu)
+ADD_FUNCTIONS = (add_features, operator.add, torch.add)
 SAME = (nn.Identity, nn.Dropout, sparse_nn.SparseIdentity)
 
 
@@ -52,7 +55,9 @@ def list_layers(model: nn.Module) -> Listed:
     """Returns the layers of a model of `fquant.sparse.nn` modules that takes one SparseTensor.
 
     Convolutions (submanifold, strided, inverse), max pools, linear layers, batch norm (of
-    inference), ReLU, `add_features` and `join_features` with their modules, in any nesting.
+    inference), ReLU, `add_features` and `join_features` with their modules, in any nesting; sums and
+    `torch.cat` of `x.features` too, put back by `x.replace_feature`, so models that `convert_spconv`
+    made are listed as they are.
 
     Raises:
         ValueError: the model does something else, or in an order that no layer has; the message
@@ -98,6 +103,22 @@ class _Tracer(fx.Tracer):
             return a
         return super().create_arg(a)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Record(node, self)
+
+
+class _Record(fx.Proxy):
+    """A record, which stands for its features as well."""
+
+    @property
+    def features(self) -> fx.Proxy:
+        return self
+
+    def replace_feature(self, features: fx.Proxy) -> fx.Proxy:
+        return features
+
+    with_features = replace_feature
+
 
 class _State:
     """Layers so far, and for each traced value the layers whose results it holds side by side."""
@@ -123,9 +144,15 @@ class _State:
             else:
                 self.refuse(node, f"map of {function}")
         elif node.op == "call_function" and node.target is join_features:
-            self.values[node] = tuple(v for arg in node.args for v in self.values[arg])  # type: ignore[index]
-        elif node.op == "call_function" and node.target is add_features:
+            self.values[node] = self.joined(node.args)
+        elif node.op == "call_function" and node.target is torch.cat:
+            if (*node.args[1:], *node.kwargs.values()) not in ((1,), (-1,)):
+                self.refuse(node, "a concatenation of other than channels")
+            self.values[node] = self.joined(node.args[0])
+        elif node.op == "call_function" and node.target in ADD_FUNCTIONS:
             self.values[node] = self.add(node)
+        elif node.op == "call_function" and node.target in RELU_FUNCTIONS:
+            self.values[node] = self.relu(node, node.args[0])
         elif node.op != "get_attr":
             self.refuse(node, str(node.target))
 
@@ -181,10 +208,13 @@ class _State:
         self.layers[layer.name] = replace(layer, relu=True)
         return (layer.name,)
 
+    def joined(self, nodes: Any) -> tuple[str, ...]:
+        return tuple(value for node in nodes for value in self.values[node])
+
     def add(self, node: fx.Node) -> tuple[str, ...]:
         """The later of two convolutions takes the other value as its residual."""
-        if len(node.args) != 2:
-            self.refuse(node, f"a sum of {len(node.args)}")
+        if len(node.args) != 2 or node.kwargs or any(a not in self.values for a in node.args):
+            self.refuse(node, f"a sum of {node.args}, {node.kwargs}")
         order = {name: i for i, name in enumerate(self.layers)}
         a, b = sorted(node.args, key=lambda arg: order.get(self.values[arg][0], -1))  # type: ignore[index]
         layer = self.unfinished(node, b, "a sum")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -71,15 +72,18 @@ def test_calibration_on_two_processes_is_that_of_one(tmp_path):
     arguments = [str(tmp_path), "--reach", "6"]
     alone = distributed_calibration.main(arguments)
     scales = tmp_path / "scales.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        "-m",
-        "fquant.examples.distributed_calibration",
-        *arguments,
-        "--scales",
-        str(scales),
+    command = [sys.executable, "-m", "fquant.examples.distributed_calibration", *arguments]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [  # what torchrun does
+        subprocess.Popen(
+            [*command, "--scales", str(scales)],
+            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
     assert json.loads(scales.read_text()) == alone
     assert len(alone) > 10

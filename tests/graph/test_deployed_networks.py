@@ -5,13 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import fquant as fq
 from fquant.graph import dynamic_rows, site_integers
-from fquant.sparse import global_avg_pool, sparse_conv
-from tests.sparse.test_real_networks import DATA, load, make_maps, mnist, voxels
+from fquant.sparse_network import make_maps
+from tests.sparse.test_real_networks import DATA, load, mnist, network, voxels
 from tests.test_accuracy import read_safetensors
 
 pytestmark = pytest.mark.skipif(
@@ -46,41 +44,21 @@ def deployed(model, rules, batches, args, **options):
     return program, *fq.lower(program)
 
 
-class Sparse(nn.Module):
-    """A network of `load` with its weights as parameters."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.steps = [step for step, _, _ in layers]
-        pairs = [(w, b) for _, w, b in layers if w is not None]
-        self.weights = nn.ParameterList(w for w, _ in pairs)
-        self.biases = nn.ParameterList(b for _, b in pairs)
-
-    def forward(self, x, maps):
-        kept, used = {}, iter(zip(self.weights, self.biases, strict=True))
-        for step, kernel_map in zip(self.steps, maps, strict=True):
-            if step["op"] == "save":
-                kept[step["key"]] = x
-            elif step["op"] == "cat":
-                both = [x.features, kept[step["key"]].features]
-                x = x.with_features(torch.cat(both, dim=1))
-            elif step["op"] == "gap":
-                x = global_avg_pool(x, count_absent=False)
-            else:
-                weight, bias = next(used)
-                if step["op"] == "linear":
-                    return F.linear(x if isinstance(x, torch.Tensor) else x.features, weight, bias)
-                x = sparse_conv(x, weight, bias, kernel_map=kernel_map).map(torch.relu)
-        raise AssertionError
+def sparse(name):
+    """(layers, module with the parameters of a trained network)."""
+    layers, params = load(name)
+    model = network(layers)
+    model.load_state_dict(params)
+    return layers, model
 
 
 def test_digits_on_a_sparse_network():
-    layers = load("sp2d_mnist_a")
+    layers, model = sparse("sp2d_mnist_a")
     data = np.load(DATA / "mnist" / "mnist_open.npz")
     train = mnist(data["train_x"][:128])
     example = (train, make_maps(layers, train))
     program, lowered, report = deployed(
-        Sparse(layers), fq.w8a8(), [example], example, dynamic_shapes=dynamic_rows(example)
+        model, fq.w8a8(), [example], example, dynamic_shapes=dynamic_rows(example)
     )
     # Every layer is in integers but for the average before the last.
     assert all(layer.kernel for layer in report.layers)
@@ -101,15 +79,15 @@ def test_digits_on_a_sparse_network():
 
 
 def test_airborne_lidar_on_a_sparse_u_net():
-    layers = load("sp3d_autzen_unet")
+    layers, model = sparse("sp3d_autzen_unet")
     (x, _), _ = voxels(train=False)
     args = (x, make_maps(layers, x))
     program, lowered, report = deployed(
-        Sparse(layers), fq.w8a8(), [args], args, dynamic_shapes=dynamic_rows(args)
+        model, fq.w8a8(), [args], args, dynamic_shapes=dynamic_rows(args)
     )
     assert all(layer.kernel for layer in report.layers)
     worst, furthest = compared(program, lowered, *args)
-    y, expected = lowered.module()(*args), program.module()(*args)
+    y, expected = (p.module()(*args).features for p in (lowered, program))
     alike = (y.argmax(1) == expected.argmax(1)).float().mean().item()
     print(f"sp3d_autzen_unet: {worst:.6f} equal at the worst site, {alike:.6f} classed alike")
     assert worst >= 0.999

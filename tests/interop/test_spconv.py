@@ -1,4 +1,6 @@
-"""spconv 2.3.8 on CPU as peer: its layers and networks against ours; its models quantized as they are.
+"""spconv 2.3.8 on CPU as peer: its tensors, state dicts and networks; its models quantized as they are.
+
+Layers are compared one by one in `test_spconv_layers.py`.
 
 Run with OMP_NUM_THREADS=1: with more threads its strided and transposed convolutions race.
 """
@@ -11,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fquant as fq
-from fquant.sparse import SparseTensor, from_points, models, nn
-from fquant.testing import strategies
+from fquant.sparse import (
+    SparseTensor,
+    avg_pool,
+    from_points,
+    global_avg_pool,
+    global_max_pool,
+    models,
+    nn,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -53,58 +60,6 @@ def assert_same(ours, theirs, atol=0.0):
     assert cells == their_cells
     assert list(ours.spatial_shape) == list(theirs.spatial_shape)
     assert torch.allclose(features, their_features, rtol=0, atol=atol)
-
-
-def integer_weights(layer, seed):
-    g = torch.Generator().manual_seed(seed)
-    for parameter in layer.parameters():
-        parameter.data = torch.randint(-5, 6, parameter.shape, generator=g).float()
-    return layer
-
-
-@pytest.mark.parametrize("axes", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    "kind", ["SubMConv", "SparseConv", "SparseConvTranspose", "SparseInverseConv", "SparseMaxPool"]
-)
-@settings(max_examples=10)
-@given(data=st.data())
-def test_layers_equal_spconvs(kind, axes, data):
-    """Integers in float32: exact, so equal in any order of summation."""
-    side = {1: 6, 2: 6, 3: 4, 4: 3}[axes]
-    x = data.draw(
-        strategies.sparse_tensors(num_axes=st.just(axes), max_side=side, dtype=torch.float32)
-    )
-    if not len(x.coords):  # spconv refuses none
-        x = SparseTensor.from_dense(torch.ones(1, 2, *[2] * axes))
-    channels, seed = x.features.shape[1], data.draw(st.integers(0, 2**16))
-    k, s, p, d = map(list, data.draw(strategies.conv_geometries(x.spatial_shape)))
-    theirs = to_spconv(x)
-    if kind == "SubMConv":
-        k = [data.draw(st.sampled_from([1, 3])) for _ in range(axes)]
-        chain = [getattr(peer, f"SubMConv{axes}d")(channels, 2, k, dilation=d, bias=False)]
-    elif kind == "SparseMaxPool":
-        x = x.map(torch.abs)  # below 0 spconv gives 0
-        theirs = to_spconv(x)
-        chain = [getattr(peer, f"SparseMaxPool{axes}d")(k, s, p, d)]
-    elif kind == "SparseConvTranspose":
-        sizes = zip(x.spatial_shape, k, s, p, strict=True)
-        p = [c if (n - 1) * b - 2 * c + a >= 1 else 0 for n, a, b, c in sizes]
-        p = p if np.prod(k) * np.prod(s) > 1 else [0] * axes
-        chain = [getattr(peer, f"SparseConvTranspose{axes}d")(channels, 2, k, s, p, bias=False)]
-    else:
-        k[0] += (
-            np.prod(k) == 1
-        )  # one tap is one product there, without a map, hence without inverse
-        d[0], p[0] = 1, 1
-        conv = getattr(peer, f"SparseConv{axes}d")
-        chain = [conv(channels, 2, k, s, p, d, bias=False, indice_key="down")]
-        if kind == "SparseInverseConv":
-            back = getattr(peer, f"SparseInverseConv{axes}d")
-            chain.append(back(2, 3, k, indice_key="down", bias=False))
-    model = integer_weights(peer.SparseSequential(*chain), seed).eval()
-    with torch.no_grad():
-        theirs = model(theirs)
-    assert_same(convert_spconv(model)(x), theirs)
 
 
 def test_tensors_share_memory():
@@ -190,6 +145,25 @@ def test_converted_models_share_parameters_and_compute_the_same():
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())
     assert (convert_spconv(theirs)(x) < 0).any()  # a maximum of negative values is negative
+
+
+def test_pools_that_spconv_cannot_run_on_cpu_are_over_active_cells():
+    x = scene(3)
+    pool = convert_spconv(peer.SparseAvgPool2d(3, 2, 1))
+    assert torch.equal(pool(x).features, avg_pool(x, 3, 2, 1, count_absent=False).features)
+    mean = convert_spconv(peer.SparseGlobalAvgPool())
+    assert torch.equal(mean(x), global_avg_pool(x, count_absent=False))
+    largest = convert_spconv(peer.SparseGlobalMaxPool())
+    assert torch.equal(largest(x), global_max_pool(x))
+
+
+def test_modules_that_are_there_twice_stay_one_and_keep_their_mode():
+    conv = peer.SubMConv2d(2, 2, 3, bias=False)
+    theirs = peer.SparseSequential(conv, torch.nn.BatchNorm1d(2).eval(), conv).train()
+    theirs[1].eval()
+    ours = convert_spconv(theirs)
+    assert ours[0] is ours[2]
+    assert [m.training for m in (ours, *ours)] == [m.training for m in (theirs, *theirs)]
 
 
 def test_a_plan_is_the_same_for_spconvs_modules_and_ours():

@@ -1,7 +1,8 @@
 """Every layer, 1 to 4 axes, against torch's dense operators: cells, features and gradients, exactly.
 
 Features, weights and cotangents are small integers in float64, so sums are exact in any order.
-28 cases of layer and axes, 20 examples each.
+28 cases of layer and axes, a tenth of the Hypothesis profile's examples each: 560, and 5,600 with
+HYPOTHESIS_PROFILE=thorough.
 """
 
 import pytest
@@ -13,6 +14,7 @@ from fquant.sparse import SparseTensor, nn
 from fquant.testing import strategies
 from fquant.testing.dense import conv_dense, conv_transpose_dense, read_cells, windows_dense
 
+EXAMPLES = settings.default.max_examples // 10
 LAYERS = ["SubMConv", "SparseConv", "SparseConvTranspose", "SparseInverseConv"]
 POOLS = ["SparseMaxPool", "SparseAvgPool", "SparseAvgPool of active cells"]
 
@@ -47,7 +49,7 @@ def assert_equal_with_gradients(data, y, expected, inputs):
 
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", LAYERS)
-@settings(max_examples=20)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_convolutions(kind, axes, data):
     x = draw_case(data, axes)
@@ -107,7 +109,7 @@ def test_convolutions(kind, axes, data):
 
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", POOLS)
-@settings(max_examples=20)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_pools(kind, axes, data):
     x = draw_case(data, axes)
@@ -141,7 +143,7 @@ def test_pools(kind, axes, data):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40)
+@settings(max_examples=2 * EXAMPLES)
 @given(data=st.data())
 def test_the_inference_op_computes_the_same(data):
     """Integers in float32 are exact too, so the fast kernel is compared bit for bit."""
@@ -155,7 +157,7 @@ def test_the_inference_op_computes_the_same(data):
     assert torch.equal(fast, layer(x).features.detach())
 
 
-@settings(max_examples=40)
+@settings(max_examples=2 * EXAMPLES)
 @given(data=st.data())
 def test_sums_over_the_union_are_dense_sums(data):
     from fquant.sparse import sparse_add
@@ -171,6 +173,7 @@ def test_sums_over_the_union_are_dense_sums(data):
     b = b.with_features(integers(data, len(keys), a.features.shape[1]))
     y = sparse_add(a, b)
     assert torch.equal(y.to_dense(), a.to_dense() + b.to_dense())
+    assert y.coords.dtype == a.coords.dtype
     rows = y.coords.tolist()
     assert rows == sorted(map(list, {tuple(r) for t in (a, b) for r in t.coords.tolist()}))
     module = nn.AddTableMisaligned()([a, b])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
 from fquant.sparse import SparseTensor, conv_map, eager_conv, sparse_conv, subm_map, transpose_map
@@ -79,6 +80,8 @@ def test_other_transforms_take_the_composition(monkeypatch):
     vmap(grad(loss), in_dims=(0, None))(f.expand(2, -1, -1), w)
     jvp(lambda f: loss(f, w), (f,), (f,))
     hessian(loss)(f, w)
+    with forward_ad.dual_level():
+        loss(forward_ad.make_dual(f, f), w)
     torch.compile(loss, fullgraph=True, backend="aot_eager")(f, w)
     torch.compile(grad(loss), fullgraph=True, backend="aot_eager")(f, w)
     loss(f.double(), w.double())

@@ -60,29 +60,6 @@ def test_int8_is_the_fake_quantized_convolution(data):
     assert torch.allclose(floats.features.double(), exact * step, atol=1e-4)
 
 
-def test_one_graph_serves_every_number_of_cells():
-    weight = fq.quantize(torch.randn(4, 3, 3, 2, generator=torch.Generator().manual_seed(0)), 0.02)
-    step = torch.tensor(0.05)
-    torch._dynamo.reset()
-
-    def network(x, kernel_map):
-        return sparse_conv_int8(
-            fq.quantize(x, 0.03), weight, kernel_map=kernel_map, output_scale=step, relu=True
-        )
-
-    compiled = torch.compile(network, fullgraph=True, dynamic=True)
-    graphs = []
-    for seed, density in enumerate([0.5, 0.3, 0.7, 0.0]):
-        g = torch.Generator().manual_seed(seed)
-        cells = SparseTensor.from_dense((torch.rand(1, 1, 9, 9, generator=g) < density).float())
-        x = cells.with_features(torch.randn(len(cells.coords), 2, generator=g))
-        kernel_map = subm_map(x, 3)
-        actual, expected = compiled(x, kernel_map), network(x, kernel_map)
-        assert torch.equal(actual.features.q, expected.features.q)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[1] == graphs[2]
-
-
 X = fq.quantize(SparseTensor.from_dense(torch.ones(1, 2, 4, 4)), 0.1)
 W = fq.quantize(torch.ones(3, 3, 3, 2), 0.1)
 MAP = subm_map(X, 3)

@@ -185,6 +185,18 @@ def test_batch_norm_returns_what_torchs_module_becomes(training):
     assert y.features.shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_half_types_is_rounded_once(dtype, training):
+    x = scene(3, (6, 6), dtype=dtype)
+    mean, var, gamma = torch.zeros(3), torch.ones(3), torch.tensor([0.3, 1.0, -2.0])
+    arguments = (mean, var, gamma.to(dtype), gamma.to(dtype))
+    y = batch_norm(x, *arguments, training=training)
+    exact = batch_norm(x.map(torch.Tensor.float), *arguments, training=training)
+    assert torch.equal(y[0].features, exact[0].features.to(dtype))
+    assert torch.equal(y[2], exact[2])
+
+
 def test_the_inference_op_serves_only_where_no_derivative_can_be_asked_for():
     features = torch.ones(1, 1)
     assert not fast_kernel_serves(features)
@@ -234,6 +246,13 @@ def with_wrong_map():
     ("call", "error", "message"),
     [
         (lambda: nn.SubMConv2d(2, 2, 2), ValueError, "SubMConv2d: kernel_size must be odd"),
+        (
+            lambda: add_features(
+                X, SparseTensor(X.features, X.coords.flip(0), X.spatial_shape, X.batch_size)
+            ),
+            ValueError,
+            "add_features: tensors must have the same cells in the same order",
+        ),
         (lambda: nn.SubMConv2d(2, 2, 3, 2), ValueError, "and stride 1"),
         (lambda: nn.SubMConv2d(2, 2, 3, groups=2), ValueError, "groups must be 1, got 2"),
         (lambda: nn.SparseConv2d(2, 2, (3, 3, 3)), ValueError, "SparseConv2d: kernel_size must be"),

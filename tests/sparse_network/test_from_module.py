@@ -81,6 +81,46 @@ def test_u_nets_of_any_number_of_axes(width, axes):
     same(with_statistics(model), scene(2, 9, axes, 0.5), axes)
 
 
+class OnFeatures(torch_nn.Module):
+    """Features taken out and put back, as forwards for spconv do."""
+
+    def __init__(self, last=lambda x, y: torch.cat([x.features, y.features], dim=1)):
+        super().__init__()
+        self.first, self.second = (nn.SubMConv2d(3, 3, 3, bias=False) for _ in range(2))
+        self.norm = torch_nn.BatchNorm1d(3)
+        self.head = nn.SubMConv2d(6, 2, 1)
+        self.last = last
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x.replace_feature(torch.relu(self.norm(x.features)))
+        y = self.second(x)
+        y = y.with_features(y.features + x.features)
+        return self.head(y.replace_feature(self.last(x, y)))
+
+
+def test_forwards_on_features_are_listed_as_they_are():
+    torch.manual_seed(0)
+    listed = same(with_statistics(OnFeatures()), scene(3, 9, 2, 0.4), axes=2)
+    assert [layer.residual for layer in listed.layers] == ["", "first", ""]
+    assert [layer.relu for layer in listed.layers] == [True, False, False]
+    assert listed.layers[-1].inputs == ("first", "second")
+
+
+class NormAfterSum(OnFeatures):
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        return y.with_features(self.norm(y.features + x.features))
+
+
+class SumOfThree(OnFeatures):
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        return (y + x) + x
+
+
 class TwoReaders(torch_nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,10 +140,17 @@ class SumOfInputs(torch_nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (NormAfterSum(), "batch norm that does not follow a convolution"),
+        (SumOfThree(), "or of three"),
         (TwoReaders(), "which others read as well"),
         (SumOfInputs(), "which is no convolution's result"),
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), nn.SparseAvgPool1d(2)), "SparseAvgPool1d"),
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.Tanh()), "Tanh"),
+        (OnFeatures(lambda x, y: torch.cat([x.features, y.features])), "other than channels"),
+        (OnFeatures(lambda x, y: y.features + 1), "a sum of"),
+        (OnFeatures(lambda x, y: torch.add(x.features, y.features, alpha=2)), "a sum of"),
+        (OnFeatures(lambda x, y: y.features * 2), "mul"),
+        (OnFeatures(lambda x, y: y.features[:, :1]), "getitem"),
         (
             nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.ReLU(), torch_nn.BatchNorm1d(2)),
             "which is no convolution's result",

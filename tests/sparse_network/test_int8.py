@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -50,6 +50,7 @@ def test_batch_norm_folds_into_the_convolution():
     assert torch.allclose(actual.features, expected.features, atol=1e-4)
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(int8=st.sets(st.sampled_from(sorted(ALL))), seed=st.integers(0, 3))
 def test_integers_are_those_of_fake_quantization(int8, seed):
     x = networks.scene(seed, 0.4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fquant as fq
 from fquant.sparse import (
+    avg_pool,
     conv_map,
     global_avg_pool,
     global_max_pool,
@@ -61,6 +62,19 @@ def test_layers_of_one_geometry_share_a_map():
     for key, kernel_map in expected.items():
         assert torch.equal(maps[key].neighbors, kernel_map.neighbors)
         assert torch.equal(maps[key].out_coords, kernel_map.out_coords)
+
+
+def test_layers_that_differ_in_dilation_do_not_share_a_map():
+    layers = [
+        Layer("near", "subm", (3, 2)),
+        Layer("far", "subm", (3, 2), dilation=2, inputs=("input",)),
+        Layer("down", "conv", (3, 2), 3, 2, 1, inputs=("input",)),
+        Layer("wide", "conv", (3, 2), 3, 2, 1, 2, inputs=("input",)),
+    ]
+    x = networks.scene(0, 0.4)
+    expected = [subm_map(x, 3), subm_map(x, 3, 2), conv_map(x, 3, 2, 1), conv_map(x, 3, 2, 1, 2)]
+    for found, kernel_map in zip(make_maps(layers, x).values(), expected, strict=True):
+        assert torch.equal(found.neighbors, kernel_map.neighbors)
 
 
 def test_the_cache_goes_by_content_and_comes_out_anew():
@@ -120,6 +134,11 @@ def test_padded_rows_change_nothing(extra, seed, density):
     pooled = max_pool(wide, 3, kernel_map=wide_map)
     expected = max_pool(x, 3, kernel_map=kernel_map)
     assert torch.equal(without_padding(pooled).features, expected.features)
+    for absent in (True, False):
+        mean = avg_pool(wide, 3, count_absent=absent, kernel_map=wide_map)
+        expected = avg_pool(x, 3, count_absent=absent, kernel_map=kernel_map)
+        assert torch.equal(without_padding(mean).features, expected.features)
+        assert torch.isfinite(mean.features).all()
     assert torch.equal(global_max_pool(padded), global_max_pool(y))
     assert torch.equal(global_avg_pool(padded), global_avg_pool(y))
     mean = global_avg_pool(y, count_absent=False)
@@ -185,6 +204,12 @@ def test_the_choice_follows_the_nearest_time_and_what_it_is_told():
         return {c.layer for c in choose_int8(layers, [slow, fast], **options) if c.int8}
 
     assert chosen() == {"wide"}
+    # The channels of "narrow" and one tap: of two times with these channels, that of one tap.
+    point, full = LayerTime(1, (8, 16), 5.0, 9.0), LayerTime(27, (8, 16), 90.0, 70.0)
+    by_taps = [*layers[:1], Layer("narrow", "subm", (8, 16), 1), *layers[2:]]
+    for times in ([point, full], [full, point]):
+        assert [c.int8 for c in choose_int8(by_taps, times)][1]
+        assert not [c.int8 for c in choose_int8(layers, times)][1]
     assert chosen(in_float=()) == {"wide", "last"}
     assert chosen(in_int8={"narrow", "first"}) == {"first", "narrow", "wide"}
     assert chosen(in_float={"wide"}) == {"last"}

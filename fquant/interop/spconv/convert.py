@@ -69,7 +69,8 @@ class _Converter:
     def module(self, module: nn.Module, path: str) -> nn.Module:
         if id(module) not in self.done:
             made = self._made(module, path)
-            self.done[id(module)] = made.train(module.training)
+            made.training = module.training  # not train(): children have their own
+            self.done[id(module)] = made
         return self.done[id(module)]
 
     def _made(self, module: Any, path: str) -> nn.Module:
@@ -89,6 +90,8 @@ class _Converter:
             return self._filled(ours.SparseSequential(), module, path)
         if type(module) is tables.ConcatTable:
             return self._filled(ours.ConcatTable(), module, path)
+        if isinstance(module, small.SparseSyncBatchNorm):
+            return self._copied(module, path, ours.SparseSyncBatchNorm)
         if isinstance(module, small.SparseBatchNorm):
             return self._copied(module, path, ours.SparseBatchNorm)
         if type(module).__module__.startswith("spconv."):

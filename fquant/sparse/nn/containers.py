@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fquant.checks import require_same_device
 from fquant.sparse.combine import add_features, join_features, sparse_add
 from fquant.sparse.nn.maps import find_union_maps, moved
+from fquant.sparse.sync_norm import sync_batch_norm
 from fquant.sparse.tensor import SparseTensor
 
 
@@ -48,10 +50,10 @@ class SparseSequential(SparseModule, nn.Sequential):
 
 
 class ToDense(SparseModule):
-    """Returns `(B, C, *spatial)`, zeros where no cell is active."""
+    """Returns `(B, C, *spatial)`, contiguous, zeros where no cell is active."""
 
     def forward(self, x: SparseTensor) -> Tensor:
-        return x.to_dense()
+        return x.dense()
 
 
 class SparseIdentity(SparseModule):
@@ -78,7 +80,60 @@ class SparseBatchNorm(SparseModule, nn.BatchNorm1d):
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as spconv's
         if x.features.shape[0] == 0:
             return x
+        for name in ("weight", "running_mean"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require_same_device(type(self).__name__, name, tensor, x.features)  # type: ignore[arg-type]
         return x.map(super().forward)
+
+
+class SparseSyncBatchNorm(SparseBatchNorm):
+    """`SparseBatchNorm` whose statistics in training are those of all processes.
+
+    Without torch.distributed it is that one, as torch's is. Every process must run it, those without
+    cells too. See `fquant.sparse.sync_batch_norm`.
+
+    Args as `torch.nn.BatchNorm1d`, but for track_running_stats, which is always on, and:
+        process_group: whose processes; None for the default group's.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        process_group: Any = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, **factory)
+        self.process_group = process_group
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as above
+        alone = self.process_group is None and not torch.distributed.is_initialized()
+        if alone or not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # the mean over batches
+            momentum = 1.0 / float(self.num_batches_tracked)
+        y, mean, var = sync_batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=momentum,
+            eps=self.eps,
+            group=self.process_group,
+        )
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        return y
 
 
 class AddTable(SparseModule):

@@ -1,13 +1,15 @@
 """Convolutions as modules: weight `(Cout, *kernel_size, Cin)` and bias, as spconv stores them."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fquant.sparse.conv import sparse_conv, sparse_conv_transpose, sparse_inverse_conv, subm_conv
-from fquant.sparse.geometry import FourSizes, Geometry, Sizes, per_axis
+from fquant.sparse.geometry import Geometry, Sizes, per_axis
 from fquant.sparse.nn.containers import SparseModule
 from fquant.sparse.nn.maps import find_inverse_map, find_map, moved, step_name
 from fquant.sparse.tensor import SparseTensor
@@ -75,21 +77,50 @@ class SparseConvolution(SparseModule):
         bias = "" if self.bias is not None else ", bias=False"
         return f"{self.in_channels}, {self.out_channels}, {shown}{bias}{key}"
 
-    def _sizes(self, stride: Sizes, padding: Sizes, dilation: Sizes) -> FourSizes:
+
+class _WithGeometry(SparseConvolution):
+    """A convolution that says how its outputs lie to its inputs."""
+
+    geometry: Geometry
+    _convolve: ClassVar[Callable[..., SparseTensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        indice_key: str | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias, indice_key, **factory)
+        if groups != 1:
+            raise ValueError(f"{self._name}: groups must be 1, got {groups}.")
         name, axes = self._name, self.axes
-        return (
-            self.kernel_size,
+        self.geometry = self._geometry(
             per_axis(name, "stride", stride, axes, 1),
             per_axis(name, "padding", padding, axes, 0),
             per_axis(name, "dilation", dilation, axes, 1),
         )
 
-    def _require_one_group(self, groups: int) -> None:
-        if groups != 1:
-            raise ValueError(f"{self._name}: groups must be 1, got {groups}.")
+    def _geometry(self, *sizes: tuple[int, ...]) -> Geometry:
+        """Of stride, padding and dilation."""
+        raise NotImplementedError
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        key, kernel_map = find_map(self._name, x, self.geometry, self.indice_key)
+        y = self._convolve(x, self.weight, self.bias, kernel_map=kernel_map)
+        cells = x.cells
+        if self.geometry.kind != "subm":
+            cells = (*cells, step_name(self.geometry, self.indice_key))
+        return moved(x, y, {key: kernel_map}, cells)
 
 
-class SubMConv(SparseConvolution):
+class SubMConv(_WithGeometry):
     """Submanifold convolution: the output has the cells of the input. See `fquant.sparse.subm_conv`.
 
     Args as `SparseConvolution`, and:
@@ -100,38 +131,19 @@ class SubMConv(SparseConvolution):
         groups: must be 1.
     """
 
-    geometry: Geometry
+    _convolve = staticmethod(subm_conv)
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-        indice_key: str | None = None,
-        **factory: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, bias, indice_key, **factory)
-        self._require_one_group(groups)
-        kernel, step, _, spacing = self._sizes(stride, padding, dilation)
+    def _geometry(self, *sizes: tuple[int, ...]) -> Geometry:
+        kernel, (step, _, spacing) = self.kernel_size, sizes
         if set(step) != {1} or any(k % 2 == 0 for k in kernel):
             raise ValueError(
                 f"{self._name}: kernel_size must be odd and stride 1, got {kernel} and {step}."
             )
         border = tuple(k // 2 * d for k, d in zip(kernel, spacing, strict=True))
-        self.geometry = Geometry("subm", kernel, step, border, spacing)
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        key, kernel_map = find_map(self._name, x, self.geometry, self.indice_key)
-        y = subm_conv(x, self.weight, self.bias, kernel_map=kernel_map)
-        return moved(x, y, {key: kernel_map}, x.cells)
+        return Geometry("subm", kernel, step, border, spacing)
 
 
-class SparseConv(SparseConvolution):
+class SparseConv(_WithGeometry):
     """Convolution at every cell that reads an active one. See `fquant.sparse.sparse_conv`.
 
     Args as `SparseConvolution`, and:
@@ -141,33 +153,13 @@ class SparseConv(SparseConvolution):
         groups: must be 1.
     """
 
-    geometry: Geometry
+    _convolve = staticmethod(sparse_conv)
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-        indice_key: str | None = None,
-        **factory: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, bias, indice_key, **factory)
-        self._require_one_group(groups)
-        self.geometry = Geometry("conv", *self._sizes(stride, padding, dilation))
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        key, kernel_map = find_map(self._name, x, self.geometry, self.indice_key)
-        y = sparse_conv(x, self.weight, self.bias, kernel_map=kernel_map)
-        cells = (*x.cells, step_name(self.geometry, self.indice_key))
-        return moved(x, y, {key: kernel_map}, cells)
+    def _geometry(self, *sizes: tuple[int, ...]) -> Geometry:
+        return Geometry("conv", self.kernel_size, *sizes)
 
 
-class SparseConvTranspose(SparseConvolution):
+class SparseConvTranspose(_WithGeometry):
     """Transposed convolution, which makes new cells. See `fquant.sparse.sparse_conv_transpose`.
 
     Args as `SparseConvolution`, and:
@@ -178,7 +170,7 @@ class SparseConvTranspose(SparseConvolution):
         output_padding: output cells added after each axis.
     """
 
-    geometry: Geometry
+    _convolve = staticmethod(sparse_conv_transpose)
 
     def __init__(
         self,
@@ -194,17 +186,14 @@ class SparseConvTranspose(SparseConvolution):
         output_padding: Sizes = 0,
         **factory: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, bias, indice_key, **factory)
-        self._require_one_group(groups)
+        channels = (in_channels, out_channels)
+        sizes = (kernel_size, stride, padding, dilation)
+        super().__init__(*channels, *sizes, groups, bias, indice_key, **factory)
         extra = per_axis(self._name, "output_padding", output_padding, self.axes, 0)
-        sizes = self._sizes(stride, padding, dilation)
-        self.geometry = Geometry("transposed", *sizes, output_padding=extra)
+        self.geometry = replace(self.geometry, output_padding=extra)
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        key, kernel_map = find_map(self._name, x, self.geometry, self.indice_key)
-        y = sparse_conv_transpose(x, self.weight, self.bias, kernel_map=kernel_map)
-        cells = (*x.cells, step_name(self.geometry, self.indice_key))
-        return moved(x, y, {key: kernel_map}, cells)
+    def _geometry(self, *sizes: tuple[int, ...]) -> Geometry:
+        return Geometry("transposed", self.kernel_size, *sizes)
 
 
 class SparseInverseConv(SparseConvolution):
@@ -232,99 +221,3 @@ class SparseInverseConv(SparseConvolution):
         key, kernel_map = find_inverse_map(self._name, x, self.indice_key)
         y = sparse_inverse_conv(x, self.weight, self.bias, kernel_map=kernel_map, transposed=True)
         return moved(x, y, {key: kernel_map}, x.cells[:-1])
-
-
-class SubMConv1d(SubMConv):
-    """`SubMConv` over one axis."""
-
-    axes = 1
-
-
-class SubMConv2d(SubMConv):
-    """`SubMConv` over two axes."""
-
-    axes = 2
-
-
-class SubMConv3d(SubMConv):
-    """`SubMConv` over three axes."""
-
-    axes = 3
-
-
-class SubMConv4d(SubMConv):
-    """`SubMConv` over four axes."""
-
-    axes = 4
-
-
-class SparseConv1d(SparseConv):
-    """`SparseConv` over one axis."""
-
-    axes = 1
-
-
-class SparseConv2d(SparseConv):
-    """`SparseConv` over two axes."""
-
-    axes = 2
-
-
-class SparseConv3d(SparseConv):
-    """`SparseConv` over three axes."""
-
-    axes = 3
-
-
-class SparseConv4d(SparseConv):
-    """`SparseConv` over four axes."""
-
-    axes = 4
-
-
-class SparseConvTranspose1d(SparseConvTranspose):
-    """`SparseConvTranspose` over one axis."""
-
-    axes = 1
-
-
-class SparseConvTranspose2d(SparseConvTranspose):
-    """`SparseConvTranspose` over two axes."""
-
-    axes = 2
-
-
-class SparseConvTranspose3d(SparseConvTranspose):
-    """`SparseConvTranspose` over three axes."""
-
-    axes = 3
-
-
-class SparseConvTranspose4d(SparseConvTranspose):
-    """`SparseConvTranspose` over four axes."""
-
-    axes = 4
-
-
-class SparseInverseConv1d(SparseInverseConv):
-    """`SparseInverseConv` over one axis."""
-
-    axes = 1
-
-
-class SparseInverseConv2d(SparseInverseConv):
-    """`SparseInverseConv` over two axes."""
-
-    axes = 2
-
-
-class SparseInverseConv3d(SparseInverseConv):
-    """`SparseInverseConv` over three axes."""
-
-    axes = 3
-
-
-class SparseInverseConv4d(SparseInverseConv):
-    """`SparseInverseConv` over four axes."""
-
-    axes = 4
