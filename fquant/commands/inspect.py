@@ -1,10 +1,9 @@
-"""`fquant inspect FILE`: what a file holds, without running anything in it but `torch.export.load`.
+"""`fquant inspect FILE`: what a file holds, without running or unpickling anything in it.
 
 Files of `fquant.save`, network cards and other safetensors files; programs of `torch.export.save`;
 ONNX models. Each becomes tables of tensors, sites, scales and sizes.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fquant.commands.program_archive import read_program_archive
 from fquant.commands.table import print_table, size_text
-from fquant.graph import granularity_of, is_dequantize, is_quantize, quantization_of
-from fquant.graph.editor import Editor
+from fquant.graph import format_from_text, granularity_of
 from fquant.optional import require_package
 from fquant.recipes import from_dict
 from fquant.serialization.container import read_container
@@ -127,24 +126,22 @@ def _card(path: Path) -> None:
 
 
 def _program(path: Path) -> None:
-    try:
-        program = torch.export.load(path)
-    except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"inspect: {str(path)!r} must be a program of torch.export.save, got {error}."
-        ) from error
-    editor = Editor(program)
-    sites: dict[str, tuple[Any, ...]] = {}
-    for node in editor.graph.nodes:
-        if is_quantize(node) or is_dequantize(node):
-            at = quantization_of(node)
-            shape = at.input.meta["val"].shape
-            granularity = granularity_of(at.scale.meta["val"].shape, shape)
-            step = _range(editor.value(at.scale)) if editor.constant(at.scale) else "dynamic"
-            kind = "Q/DQ" if is_quantize(node) or at.name in sites else "DQ of stored integers"
-            sites[at.name] = (at.name, kind, _grid_of(at.format), granularity, step)
-    rows = [_tensor_row(name, tensor) for name, tensor in program.state_dict.items()]
+    archive = read_program_archive(path)
+    rows = []
+    for name, tensor in archive.tensors.items():
+        known = tensor.value is not None and "scale" in name
+        scale = _range(tensor.value) if known else ""  # type: ignore[arg-type]
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        rows.append((name, "tensor", tensor.dtype, shape, size_text(tensor.nbytes), scale))
     print_table(_title(path, "program", len(rows)), TENSOR_HEADER, rows)
+    print_table("operations", ("name", "calls"), list(archive.operations.items()))
+    sites: dict[str, tuple[Any, ...]] = {}
+    for node in archive.quantizers:
+        steps, values = node.scale
+        kind = "DQ of stored integers" if node.stored and node.op == "dequantize" else "Q/DQ"
+        step = "dynamic" if values is None else _range(values)
+        grid = _grid_of(format_from_text(node.format))
+        sites[node.name] = (node.name, kind, grid, granularity_of(steps, node.shape), step)
     print_table("quantizers", ("name", "nodes", "grid", "scale per", "scale"), list(sites.values()))
 
 

@@ -6,15 +6,16 @@ float32, in this order; without a Q node there is no s_y, and the result is floa
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fquant.graph.editor import Editor
+from fquant.graph.fold import norm_as_affine
 from fquant.graph.pattern import Integers, NotLowered, Pattern, aten
-from fquant.graph.qdq_ops import Quantization, quantization_of
+from fquant.graph.qdq_ops import Quantization, quantization_of, state_name
 
 
 class Epilogue(NamedTuple):
@@ -61,10 +62,10 @@ def epilogue_of(
         step = step / out_step
         offset = None if offset is None else offset / out_step
         residual_scale = None if residual_scale is None else residual_scale / out_step
-    site = x.name.rpartition(".")[0].replace(".", "_")
+    site = state_name(x.name.rpartition(".")[0])
 
     def state(name: str, value: Tensor | None) -> Node | None:
-        return None if value is None else editor.add_state(f"lowered.{_word(site)}.{name}", value)
+        return None if value is None else editor.add_state(f"lowered.{site}.{name}", value)
 
     low, high = pattern.activation or (-math.inf, math.inf)
     arguments = (
@@ -115,18 +116,5 @@ def _with_norm(
     editor: Editor, norm: Node, step: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The step and offset with a batch norm folded in; worked out in float64, rounded once."""
-    gamma, beta, mean, variance = (
-        None if a is None else editor.value(a).double() for a in norm.args[1:5]
-    )
-    eps: Any = norm.args[6]
-    assert mean is not None
-    assert variance is not None
-    factor = torch.rsqrt(variance + eps)
-    factor = factor if gamma is None else factor * gamma
-    shift = -mean if offset is None else offset.double() - mean
-    shift = shift * factor if beta is None else shift * factor + beta
+    factor, shift = norm_as_affine(editor, norm, offset)
     return step * factor.float(), shift.float()
-
-
-def _word(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)

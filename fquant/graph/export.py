@@ -1,6 +1,5 @@
 """`export_qdq`: a model under a plan as one graph with Q/DQ nodes in it."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +114,7 @@ def store_integers(program: ExportedProgram) -> ExportedProgram:
     editor = Editor(program)
     for node in editor.nodes(qdq_ops.quantize):
         if editor.constant(node):
-            name = "integers." + _attribute(qdq_ops.quantization_of(node).name)
+            name = "integers." + qdq_ops.state_name(qdq_ops.quantization_of(node).name)
             editor.replace(node, editor.add_state(name, editor.value(node)))
     return editor.finish()
 
@@ -133,7 +132,7 @@ class _Captured(nn.Module):
         for name, tensor in {**program.buffers, **params}.items():
             self._own(self.params, name, tensor)
         for name, scale in qstate.items():
-            attribute = _attribute(name)
+            attribute = qdq_ops.state_name(name)
             while attribute in self.scales._buffers:
                 attribute += "_"
             self.scale_names[name] = attribute
@@ -184,8 +183,3 @@ def _without_copies(program: ExportedProgram) -> ExportedProgram:
         if same and not returned and not node.kwargs and len(node.args) <= 2:
             editor.replace(node, source)
     return editor.finish()
-
-
-def _attribute(name: str) -> str:
-    """The name of a quantizer as one that a module's attribute can have."""
-    return re.sub(r"\W", "_", name)

@@ -96,13 +96,10 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
         if user is None:
             break
         if user.target is NORM and NORM_STEP in absorbs and len(steps) == 1:
-            first = next(iter(user.users), None)
-            parts = [*user.args[1:5]]
-            if user.args[0] is not last or len(user.users) != 1 or first is None:
+            norm = batch_norm_after(editor, anchor)
+            if norm is None:
                 break
-            if first.args[1] != 0 or not all(map(editor.constant, parts)):
-                break
-            norm, last = user, first
+            last = next(iter(norm.users))
             steps.append("batch_norm")
         elif user.target is aten.add.Tensor and ADD_STEP in absorbs and residual is None:
             other = next((a for a in user.args if a is not last), None)
@@ -125,6 +122,29 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
     if quantize is not None and (quantize.meta.get("keep") or why_not_int8(editor, quantize)):
         quantize = None
     return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps), tuple(nodes))
+
+
+def batch_norm_after(editor: Editor, node: Node) -> Node | None:
+    """Returns the batch norm that alone reads a layer's result, with constants that are known now."""
+    norm = next(iter(node.users)) if len(node.users) == 1 else None
+    if norm is None or norm.target is not NORM or norm.args[0] is not node:
+        return None
+    results = list(norm.users)
+    if (
+        len(results) != 1
+        or results[0].args[1] != 0
+        or not all(map(editor.constant, norm.args[1:5]))
+    ):
+        return None
+    return norm
+
+
+def is_quantized_constant(editor: Editor, node: Any) -> bool:
+    """Whether a node is a DQ node of constant integers on a symmetric grid."""
+    if not is_dequantize(node) or not editor.constant(node) or node.meta.get("keep"):
+        return False
+    x = quantization_of(node)
+    return isinstance(x.format, QuantSpec) and x.zero_point is None
 
 
 def why_not_int8(editor: Editor, node: Node) -> str:
