@@ -40,7 +40,8 @@ def export_qdq(
     but for NaN, for which integers have no code. The graph is functional, its operations are torch's
     layers (`aten.linear`, `aten.conv2d`, `aten.batch_norm`, ...), and a sparse convolution is one
     node. Params, scales and buffers are state of the program, under `params.<name>`,
-    `scales.<quantizer>` and `integers.<quantizer>`: the tensors given, or integers made of them.
+    `scales.<quantizer>`, `zero_points.<quantizer>` and `integers.<quantizer>`: the tensors given, or
+    integers made of them.
 
     Args:
         model: what the plan was made for; not written, and no part of the program.
@@ -169,8 +170,19 @@ class _Capture(_FakeQuantize):
 
 
 def _without_copies(program: ExportedProgram) -> ExportedProgram:
-    """Takes out copies, which nothing writes in a functional graph, and checks of dtypes."""
+    """Takes out copies, which nothing writes in a functional graph, and checks of dtypes.
+
+    Zero points that are known become state as the integers that they are.
+    """
     editor = Editor(program)
+    zero_points: dict[Any, Any] = {}
+    for node in editor.nodes(qdq_ops.quantize, qdq_ops.dequantize):
+        x = qdq_ops.quantization_of(node)
+        if x.zero_point is not None and editor.constant(x.zero_point):
+            if x.zero_point not in zero_points:
+                name = f"zero_points.{qdq_ops.state_name(x.name)}"
+                zero_points[x.zero_point] = editor.add_state(name, editor.value(x.zero_point))
+            node.update_arg(2, zero_points[x.zero_point])
     for node in editor.nodes(aten._assert_tensor_metadata.default):
         editor.graph.erase_node(node)
     for node in editor.nodes(aten.clone.default, aten.copy.default):

@@ -19,6 +19,7 @@ LAYERS: dict[Any, int] = {
     aten.conv3d.default: 2,
     torch.ops.fquant.sparse_conv.default: 3,
 }
+_RESHAPES = (aten.reshape.default, aten.view.default, aten.flatten.using_ints)
 
 
 def fold_norms(program: ExportedProgram) -> ExportedProgram:
@@ -77,8 +78,8 @@ def _fold(editor: Editor, node: Node, norm: Node) -> None:
     shape = arguments[1].meta["val"].shape
     weight, bias = arguments[1], arguments[at]
     reshapes: list[Any] = []
-    while weight.target is aten.reshape.default:
-        reshapes.insert(0, weight.args[1])
+    while weight.target in _RESHAPES:
+        reshapes.insert(0, weight)
         weight = weight.args[0]
     if not is_quantized_constant(editor, weight) or not editor.constant(bias):
         return
@@ -97,8 +98,8 @@ def _fold(editor: Editor, node: Node, norm: Node) -> None:
         stored = editor.add_state(f"{name}.q", torch.where(factor < 0, -q, q))
     step = editor.add_state(f"{name}.scale", (scale * factor.abs()).to(scale.dtype))
     folded = editor.call(dequantize, stored, step, None, *weight.args[3:], before=node)
-    for sizes in reshapes:
-        folded = editor.call(aten.reshape.default, folded, sizes, before=node)
+    for reshape in reshapes:
+        folded = editor.call(reshape.target, folded, *reshape.args[1:], before=node)
     arguments[1] = folded
     arguments[at] = editor.add_state(f"{name}.bias", shift.to(node.meta["val"].dtype))
     new = editor.call(node.target, *arguments, before=norm)
