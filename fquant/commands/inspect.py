@@ -149,9 +149,15 @@ def _onnx(path: Path) -> None:
     onnx = require_package("onnx", "fquant inspect", "onnx")
     decode_error = require_package("google.protobuf.message", "fquant inspect", "onnx").DecodeError
     try:
-        graph = onnx.load(path).graph
-    except decode_error as error:
+        rows, sites = _onnx_rows(onnx, onnx.load(path).graph)
+    except (decode_error, IndexError) as error:  # IndexError: a node lacks an input or output
         raise ValueError(f"inspect: {str(path)!r} must be an ONNX model, got {error}.") from error
+    print_table(_title(path, "ONNX", len(rows)), TENSOR_HEADER, rows)
+    print_table("quantizers", ("name", "nodes", "type", "scale per", "scale"), sites)
+
+
+def _onnx_rows(onnx: Any, graph: Any) -> tuple[list[Any], list[Any]]:
+    """Rows of initializers and of quantizers."""
     types = onnx.TensorProto.DataType
     rows = [
         (
@@ -164,7 +170,6 @@ def _onnx(path: Path) -> None:
         )
         for one in graph.initializer
     ]
-    print_table(_title(path, "ONNX", len(rows)), TENSOR_HEADER, rows)
     names = {node.output[0]: node for node in graph.node}
     held = {one.name: one for one in graph.initializer}
     sites = []
@@ -189,7 +194,7 @@ def _onnx(path: Path) -> None:
         elif scale is not None and not scale.dims:
             layout = "tensor"
         sites.append((name, "Q/DQ" if source else "DQ of stored integers", kind, layout, step))
-    print_table("quantizers", ("name", "nodes", "type", "scale per", "scale"), sites)
+    return rows, sites
 
 
 def _tensor_row(name: str, tensor: Tensor) -> tuple[Any, ...]:

@@ -14,10 +14,10 @@ from fquant.graph.editor import Editor
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
-from fquant.qstate import qstate_names
+from fquant.planned_model import FakeQuantizing, Params, PlannedModel
+from fquant.qstate import State, qstate_names
 from fquant.records import QTensor
 from fquant.sparse import KernelMap, SparseTensor
-from fquant.transforms import Params, State, _FakeQuantize, _Program
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ def export_qdq(
     if weights not in ("float", "integer"):
         raise ValueError(f"export_qdq: weights must be 'float' or 'integer', got {weights!r}.")
     require_sites("export_qdq", "qstate", qstate, qstate_names(plan))
-    captured = _Captured(_Program(model, plan, False, ops), params, qstate)
+    captured = _Captured(PlannedModel(model, plan, False, ops), params, qstate)
     program = torch.export.export(
         captured, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
     )
@@ -123,7 +123,7 @@ def store_integers(program: ExportedProgram) -> ExportedProgram:
 class _Captured(nn.Module):
     """The program's owner: a module with the params and scales as state, and nothing of the model's."""
 
-    def __init__(self, program: _Program, params: Params, qstate: State) -> None:
+    def __init__(self, program: PlannedModel, params: Params, qstate: State) -> None:
         super().__init__()
         self.program = [program]  # in a list, so that its modules are none of this one's
         self.names: dict[str, tuple[nn.Module, str]] = {}
@@ -155,7 +155,7 @@ class _Captured(nn.Module):
         return self.program[0].run("export_qdq", interpreter, params, args, kwargs)[0]
 
 
-class _Capture(_FakeQuantize):
+class _Capture(FakeQuantizing):
     """Rounds by a Q and a DQ node where fake quantization has arithmetic."""
 
     captures = True

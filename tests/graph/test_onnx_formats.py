@@ -124,7 +124,7 @@ UPWARD = [fq.OpRule(weight=fq.QuantSpec(rounding="ceil"))]
             "'linear#0.weight': to_onnx: a format must be one that ONNX",
         ),
         (
-            [fq.OpRule(inputs=fq.E3M2)],
+            [fq.OpRule(inputs=fq.E2M1)],
             torch.float32,
             "'linear#0.input': to_onnx: a format must be one that ONNX",
         ),

@@ -8,9 +8,10 @@ from torch import nn
 import fquant as fq
 import fquant_kernels
 from fquant.graph import dynamic_rows
-from tests.graph.onnx_runtime import prepared, quantized_by_onnxruntime
+from tests.graph.onnx_runtime import Watched, prepared, quantized_by_onnxruntime
 
 onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx.reference")
 pytest.importorskip("onnxscript")
 
 
@@ -53,11 +54,42 @@ def test_sparse_layers_are_two_operators_of_a_domain(tmp_path):
     model = onnx.load(tmp_path / "sparse.onnx")
     ours = [(node.domain, node.op_type) for node in model.graph.node if node.domain]
     assert ours == [("fquant", "IndexMap"), ("fquant", "ImplicitGemm"), ("fquant", "ImplicitGemm")]
+    integers = set()
     for args in (scene(2, 0.3), scene(3, 0.9), scene(4, 0.0)):
         expected = fq.fake_quant(*case[:2])(*case[2:], *args)
         leaves = torch.utils._pytree.tree_leaves(args)
-        (y, pooled, neighbors), _ = quantized_by_onnxruntime(tmp_path / "sparse.onnx", leaves)
+        watched = Watched(program)
+        watched.run(*leaves, enable_io_processing=False)
+        (y, pooled, neighbors), found = quantized_by_onnxruntime(tmp_path / "sparse.onnx", leaves)
+        for name, (theirs,) in found.items():  # weights are stored, the others are quantized here
+            assert np.array_equal(theirs, watched.integers[name][0]), name
+        integers |= set(found)
         assert np.array_equal(neighbors, expected[2].numpy())
         # Float sums of up to 36 products in another order.
         assert np.allclose(pooled, expected[1].numpy(), atol=1e-4)
         assert np.allclose(y, expected[0].numpy(), atol=1e-4)
+    assert integers == {"sparse_conv#0.input", "sparse_conv#1.input"}
+
+
+def test_the_functions_of_the_file_are_run_by_the_reference_of_onnx(tmp_path):
+    """Another implementation of the standard operators, from the definitions in the file."""
+    torch.manual_seed(0)
+    args = scene(1, 0.4)
+    case = prepared(SparseNet(), args, fq.w8a8())
+    program = fq.export_qdq(*case, args, dynamic_shapes=dynamic_rows(args), weights="integer")
+    fq.to_onnx(program, tmp_path / "sparse.onnx")
+    model = onnx.load(tmp_path / "sparse.onnx")
+    assert {f.name for f in model.functions} == {"IndexMap", "ImplicitGemm"}
+    watched = Watched(program)
+    leaves = torch.utils._pytree.tree_leaves(args)
+    watched.run(*leaves, enable_io_processing=False)
+    names = {
+        n.output[0]: n.metadata_props[0].value for n in model.graph.node if "Quantize" in n.op_type
+    }
+    quantized = [n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in quantized)
+    reference = onnx.reference.ReferenceEvaluator(model)
+    feed = {i.name: x.numpy() for i, x in zip(model.graph.input, leaves, strict=True)}
+    values = dict(zip(reference.output_names, reference.run(None, feed), strict=True))
+    for output in quantized:
+        assert np.array_equal(values[output], watched.integers[names[output]][0])
