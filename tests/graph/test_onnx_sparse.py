@@ -68,7 +68,7 @@ def test_sparse_layers_are_two_operators_of_a_domain(tmp_path):
         # Float sums of up to 36 products in another order.
         assert np.allclose(pooled, expected[1].numpy(), atol=1e-4)
         assert np.allclose(y, expected[0].numpy(), atol=1e-4)
-    assert integers == {"sparse_conv#0.input", "sparse_conv#1.input"}
+    assert integers == {"subm_conv#0.input", "sparse_conv#0.input"}
 
 
 def test_the_functions_of_the_file_are_run_by_the_reference_of_onnx(tmp_path):
