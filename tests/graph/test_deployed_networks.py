@@ -107,7 +107,7 @@ def test_digits_on_a_sparse_network():
     assert same / total >= 0.999
 
 
-def test_airborne_lidar_on_a_sparse_u_net():
+def test_airborne_lidar_on_a_sparse_u_net(tmp_path):
     layers = load("sp3d_autzen_unet")
     (x, _), _ = voxels(train=False)
     args = (x, make_maps(layers, x))
@@ -119,6 +119,11 @@ def test_airborne_lidar_on_a_sparse_u_net():
     y, expected = lowered.module()(*args), program.module()(*args)
     alike = (y.argmax(1) == expected.argmax(1)).float().mean().item()
     print(f"sp3d_autzen_unet: {worst:.6f} equal at the worst site, {alike:.6f} classed alike")
+    save_program(lowered, tmp_path / "lowered.pt2")
+    floats = (DATA / "models" / "sp3d_autzen_unet.safetensors").stat().st_size
+    share = (tmp_path / "lowered.pt2").stat().st_size / floats
+    print(f"sp3d_autzen_unet: {share:.4f} of the float file's size")
+    assert share <= 0.27
     assert worst >= 0.999
     assert furthest <= 1
     assert alike >= 0.999
