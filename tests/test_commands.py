@@ -14,6 +14,7 @@ from fquant.cli import main
 from fquant.commands.table import print_table
 
 onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.usefixtures("onnx_parsed_once")
 for package in ("yaml", "safetensors", "onnxscript"):
     pytest.importorskip(package)
 
@@ -60,7 +61,7 @@ def written(folder, name, recipe=RECIPE):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, onnx_parsed_once):
     """The folder after one run of the recipe, and what it printed."""
     folder = tmp_path_factory.mktemp("quantize")
     path = written(folder, "a_network_of_mine")

@@ -14,6 +14,7 @@ from tests.graph.onnx_runtime import BATCH, compare, prepared
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("onnx_parsed_once")
 
 
 def mixed(bits, **options):

@@ -13,6 +13,7 @@ from tests.graph.onnx_runtime import Watched, prepared, quantized_by_onnxruntime
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx.reference")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("onnx_parsed_once")
 
 
 class SparseNet(nn.Module):
@@ -45,13 +46,21 @@ def scene(seed, density):
     return x, fq.sparse.conv_map(x, 2, 2)
 
 
-def test_sparse_layers_are_two_operators_of_a_domain(tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, onnx_parsed_once):
+    """(model, plan, params and scales; program; file)."""
     torch.manual_seed(0)
     case = prepared(SparseNet(), scene(0, 0.5), fq.w8a8())
     args = scene(1, 0.4)
     program = fq.export_qdq(*case, args, dynamic_shapes=dynamic_rows(args), weights="integer")
-    fq.to_onnx(program, tmp_path / "sparse.onnx")
-    model = onnx.load(tmp_path / "sparse.onnx")
+    path = tmp_path_factory.mktemp("sparse") / "sparse.onnx"
+    fq.to_onnx(program, path)
+    return case, program, path
+
+
+def test_sparse_layers_are_two_operators_of_a_domain(exported):
+    case, program, path = exported
+    model = onnx.load(path)
     ours = [(node.domain, node.op_type) for node in model.graph.node if node.domain]
     assert ours == [("fquant", "IndexMap"), ("fquant", "ImplicitGemm"), ("fquant", "ImplicitGemm")]
     integers = set()
@@ -60,7 +69,7 @@ def test_sparse_layers_are_two_operators_of_a_domain(tmp_path):
         leaves = torch.utils._pytree.tree_leaves(args)
         watched = Watched(program)
         watched.run(*leaves, enable_io_processing=False)
-        (y, pooled, neighbors), found = quantized_by_onnxruntime(tmp_path / "sparse.onnx", leaves)
+        (y, pooled, neighbors), found = quantized_by_onnxruntime(path, leaves)
         for name, (theirs,) in found.items():  # weights are stored, the others are quantized here
             assert np.array_equal(theirs, watched.integers[name][0]), name
         integers |= set(found)
@@ -71,14 +80,11 @@ def test_sparse_layers_are_two_operators_of_a_domain(tmp_path):
     assert integers == {"subm_conv#0.input", "sparse_conv#0.input"}
 
 
-def test_the_functions_of_the_file_are_run_by_the_reference_of_onnx(tmp_path):
+def test_the_functions_of_the_file_are_run_by_the_reference_of_onnx(exported):
     """Another implementation of the standard operators, from the definitions in the file."""
-    torch.manual_seed(0)
+    _, program, path = exported
     args = scene(1, 0.4)
-    case = prepared(SparseNet(), args, fq.w8a8())
-    program = fq.export_qdq(*case, args, dynamic_shapes=dynamic_rows(args), weights="integer")
-    fq.to_onnx(program, tmp_path / "sparse.onnx")
-    model = onnx.load(tmp_path / "sparse.onnx")
+    model = onnx.load(path)
     assert {f.name for f in model.functions} == {"IndexMap", "ImplicitGemm"}
     watched = Watched(program)
     leaves = torch.utils._pytree.tree_leaves(args)

@@ -52,7 +52,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(TREES)
 def test_any_tree(tree):
     assert_identical(round_trip(tree), tree)
