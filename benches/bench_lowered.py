@@ -1,4 +1,4 @@
-"""Lowered programs against float under the same torch.compile: a CNN, an MLP, a sparse backbone.
+"""Lowered programs against float: a CNN and an MLP under the same torch.compile, a sparse backbone.
 
 Answers are checked first: the compiled int8 program equals the eager one bit for bit, and its integers
 are those of the Q/DQ graph but for one step in at most one of a thousand. `float_share_of_peak` is of
@@ -7,16 +7,28 @@ the processor's float32 multiply-accumulate rate. On AVX2 without VNNI an exact 
 """
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fquant as fq
-import fquant_kernels
 from benches import harness
+from benches.bench_networks import NETWORKS, spconv_network
 from fquant.graph import dynamic_rows, site_integers
-from fquant.sparse import KernelMap, SparseTensor, conv_map, sparse_conv, subm_conv, subm_map
+from fquant.sparse import SparseTensor
+from fquant.sparse_network import (
+    Deployed,
+    SparseNetwork,
+    choose_int8,
+    int8_network,
+    int8_rules,
+    list_layers,
+    make_maps,
+    measured_times,
+    tie_scales,
+    to_int8,
+)
 from fquant.testing import scenes
 
 
@@ -54,11 +66,11 @@ def mlp() -> nn.Module:
 DENSE = {"cnn": (cnn, (32, 3, 64, 64)), "mlp": (mlp, (32, 784))}
 
 
-def lowered(model: nn.Module, args: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
+def lowered(
+    model: nn.Module, args: tuple[Any, ...], rules: Any, params: Any, **options: Any
+) -> tuple[Any, Any]:
     """Returns the Q/DQ program and the int8 program, with scales from the arguments themselves."""
-    params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    params = {name: p.detach() for name, p in params.items()}
-    plan = fq.make_plan(model, fq.w8a8(), args)
+    plan = fq.make_plan(model, rules, args)
     stats = fq.calibrate_model(model, plan, params, [args], progress=False)
     qstate = fq.finalize(plan, stats)
     program = fq.export_qdq(model, plan, params, qstate, args, weights="integer", **options)
@@ -86,7 +98,8 @@ def bench_dense(name: str, rounds: int) -> None:
     make, shape = DENSE[name]
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(shape)
-    program, result = lowered(model, (x,))
+    params = {n: p.detach() for n, p in [*model.named_parameters(), *model.named_buffers()]}
+    program, result = lowered(model, (x,), fq.w8a8(), params)
     packed = fq.prepack(result)
     with torch.no_grad():
         in_float = torch.compile(model, fullgraph=True)
@@ -115,88 +128,55 @@ def bench_dense(name: str, rounds: int) -> None:
     )
 
 
-class Step(NamedTuple):
-    """One convolution, "subm" or "conv", of a sparse backbone; sizes are (z, y, x)."""
-
-    kind: str
-    channels: tuple[int, int]
-    kernel: tuple[int, int, int] = (3, 3, 3)
-    stride: tuple[int, int, int] = (1, 1, 1)
-    padding: tuple[int, int, int] = (0, 0, 0)
-
-
-def voxel_backbone() -> list[Step]:
-    """VoxelBackBone8x (OpenPCDet)."""
-    steps = [Step("subm", (4, 16)), Step("subm", (16, 16))]
-    for cin, cout, padding in ((16, 32, 1), (32, 64, 1), (64, 64, 0)):
-        steps.append(Step("conv", (cin, cout), (3, 3, 3), (2, 2, 2), (padding, 1, 1)))
-        steps += [Step("subm", (cout, cout)), Step("subm", (cout, cout))]
-    return [*steps, Step("conv", (64, 128), (3, 1, 1), (2, 1, 1))]
-
-
-class Backbone(nn.Module):
-    """A sparse backbone by fquant's float convolutions."""
-
-    def __init__(self, steps: list[Step]) -> None:
-        super().__init__()
-        self.steps = steps
-        self.weights = nn.ParameterList(
-            torch.randn(s.channels[1], *s.kernel, s.channels[0]) * (2 / (s.channels[0] * 9)) ** 0.5
-            for s in steps
-        )
-
-    def forward(self, x: SparseTensor, maps: list[KernelMap]) -> SparseTensor:
-        for step, weight, kernel_map in zip(self.steps, self.weights, maps, strict=True):
-            conv = subm_conv if step.kind == "subm" else sparse_conv
-            x = conv(x, weight, kernel_map=kernel_map).map(torch.relu)
-        return x
-
-
-def make_maps(steps: list[Step], x: SparseTensor) -> list[KernelMap]:
-    cells: Any = x
-    maps, shared = [], {}
-    for step in steps:
-        if step.kind == "subm":
-            key = (id(cells), step.kernel)
-            if key not in shared:
-                shared[key] = subm_map(cells, step.kernel)
-            maps.append(shared[key])
-        else:
-            cells = conv_map(cells, step.kernel, step.stride, step.padding)
-            maps.append(cells)
-    return maps
-
-
 def bench_sparse(rounds: int, voxels: int) -> None:
-    steps = voxel_backbone()
-    scene = scenes.synthetic("waymo")
-    part = scene.coords[:voxels]
-    x = SparseTensor(torch.randn(len(part), 4), part, scene.spatial_shape, 1)
-    maps = make_maps(steps, x)
+    """VoxelBackBone8x: the lowered program, the list of layers in int8 and in float, and spconv."""
+    make, channels, scan, least = NETWORKS["VoxelBackBone8x"]
+    scene = scenes.synthetic(scan)
+    coords = scene.coords[:voxels]
+    shape = [max(pair) for pair in zip(scene.spatial_shape, least, strict=True)]
+    x = SparseTensor(torch.randn(len(coords), channels), coords, shape, 1)
     torch.manual_seed(0)
-    model = Backbone(steps)
-    _, result = lowered(model, (x, maps), dynamic_shapes=dynamic_rows((x, maps)))
-    packed = fq.prepack(result)
-    weights = [w.detach().flatten(1, -2).contiguous() for w in model.weights]
-
-    def in_float() -> Tensor:
-        y = x.features
-        for weight, kernel_map in zip(weights, maps, strict=True):
-            y = fquant_kernels.sparse_conv_float(y, weight, kernel_map.neighbors).relu_()
-        return y
-
-    module = packed.module(check_guards=False)
+    model = make(in_channels=channels).eval()
+    listed = list_layers(model)
+    layers, params = listed.layers, listed.params(model.state_dict())
+    maps = make_maps(layers, x)
+    int8 = {choice.layer for choice in choose_int8(layers, measured_times()[1]) if choice.int8}
+    network = SparseNetwork(layers, batch_norm=False)
+    rules, args = int8_rules(layers, int8), (x, maps)
+    _, result = lowered(network, args, rules, params, dynamic_shapes=dynamic_rows(args))
+    packed = fq.prepack(result).module(check_guards=False)
+    plan = fq.make_plan(network, rules, args)
+    stats = fq.calibrate_model(network, plan, params, [args], progress=False)
+    deployed = to_int8(layers, int8, params, tie_scales(layers, int8, fq.finalize(plan, stats)))
+    in_float, in_int8 = int8_network(layers, ()), int8_network(layers, int8)
     with torch.no_grad():
-        compiled = torch.compile(module, fullgraph=True, dynamic=True)
-        assert torch.equal(compiled(x, maps).features, module(x, maps).features)
-        runs: dict[str, harness.Run] = {"float": in_float, "int8": lambda: compiled(x, maps)}
+        compiled = torch.compile(packed, fullgraph=True, dynamic=True)
+        want = in_int8(deployed, x, maps).features
+        assert torch.equal(compiled(x, maps).features, want)
+        assert torch.equal(packed(x, maps).features, want)
+        runs: dict[str, harness.Run] = {
+            "float": lambda: in_float(Deployed(params, {}), x, maps),
+            "layers": lambda: in_int8(deployed, x, maps),
+            "lowered": lambda: packed(x, maps),
+            "lowered_compiled": lambda: compiled(x, maps),
+            "rulebooks": lambda: make_maps(layers, x),
+            "lowered_with_rulebooks": lambda: packed(x, make_maps(layers, x)),
+        }
+        package = harness.spconv()
+        if package is not None:
+            runs["spconv"] = spconv_network(layers, package, x)
         times = harness.interleaved(runs, rounds)
     row: dict[str, Any] = {
         "network": "VoxelBackBone8x",
-        "voxels": len(part),
+        "voxels": len(coords),
+        "convolutions": len(layers),
+        "in_int8": len(int8),
         **{f"{name}_ms": timing.median * 1e3 for name, timing in times.items()},
-        "int8_over_float": times["int8"].ratio(times["float"]),
+        "lowered_over_float": times["lowered"].ratio(times["float"]),
+        "lowered_over_layers": times["lowered"].ratio(times["layers"]),
     }
+    if package is not None:
+        row["lowered_over_spconv"] = times["lowered_with_rulebooks"].ratio(times["spconv"])
     harness.report(row)
 
 
@@ -204,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=[*DENSE, "sparse"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--voxels", type=int, default=20_000)
+    parser.add_argument("--voxels", type=int, default=1_000_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     harness.report(harness.machine())

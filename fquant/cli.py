@@ -1,12 +1,14 @@
 """The command line: `fquant demo`, `doctor`, `inspect` and `quantize`.
 
 Every command ends with 0 when it did its work, 2 when it was called wrongly or its recipe is not right,
-and 1 when something is missing or failed; what was wrong is on standard error.
+and 1 when something is missing or failed; what was wrong is the last line of standard error. Where
+code of the user's failed, a model or its data, the lines before show where.
 """
 
 import argparse
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +107,7 @@ def _quantize(options: argparse.Namespace) -> int:
     except RecipeError as error:
         return _failed("quantize", error, 2)
     except Exception as error:  # a model or data of the user's may raise anything
+        traceback.print_exc()
         return _failed("quantize", error, 1)
     return 0
 

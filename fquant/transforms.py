@@ -10,33 +10,23 @@ model does to its buffers happens to copies. They run under grad, vmap, jvp, `to
 graph, and export. The model that they are made from is read once, and never written.
 """
 
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
-from fquant.calibration import at_site, require_sites, require_stats, state_types
-from fquant.interception.interpreter import Interpreter
+from fquant.calibration import at_site, require_sites, require_stats
 from fquant.interception.nesting import outside_transforms, transform_level
-from fquant.interception.operation import Arguments, Op, floats_of
+from fquant.interception.operation import floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
-from fquant.interception.shadow import shadow_of
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
-from fquant.planning import opted
+from fquant.planned_model import FakeQuantizing, Params, Planned, PlannedModel, grouped
 from fquant.progress import progress_bar
 from fquant.qstate import (
     State,
-    dynamic_range,
-    fake_quantize_operand,
-    qstate_names,
-    zero_point_of,
 )
-
-Params = Mapping[str, Tensor]
 
 
 def init_stats(plan: Plan) -> dict[str, Any]:
@@ -68,7 +58,7 @@ def observe(
         ValueError: (when called) stats are of another plan; params lack a parameter or have unknown
             names; the model runs an operation that the plan has not seen. The message names it.
     """
-    program = _Program(model, plan, train, ops)
+    program = PlannedModel(model, plan, train, ops)
 
     def observed(params: Params, stats: State, *args: Any, **kwargs: Any) -> Any:
         require_stats("observe", stats, program.states)
@@ -106,11 +96,11 @@ def fake_quant(
         >>> fake_quant(model, plan)(params, qstate, torch.ones(1, 2))
         tensor([[1.2857]])
     """
-    program = _Program(model, plan, train, ops)
+    program = PlannedModel(model, plan, train, ops)
 
     def fake_quantized(params: Params, qstate: State, *args: Any, **kwargs: Any) -> Any:
         require_sites("fake_quant", "qstate", qstate, program.calibrated)
-        interpreter = _FakeQuantize(program, qstate)
+        interpreter = FakeQuantizing(program, qstate)
         y, buffers = program.run("fake_quant", interpreter, params, args, kwargs)
         return (y, buffers) if with_buffers else y
 
@@ -153,79 +143,8 @@ def calibrate_model(
     return dict(states)
 
 
-class _Program:
-    """What both transforms need of a model and a plan, worked out once."""
-
-    def __init__(self, model: nn.Module, plan: Plan, train: bool | None, ops: Ops) -> None:
-        self.ops = ops
-        self.opted = opted(plan.rules)
-        self.distinct = frozenset(s.name.split("@")[0] for s in plan.sites if "@" in s.name)
-        self.sites = {
-            site.name: {o.role: o.quantizer for o in site.operands if o.quantizer is not None}
-            for site in plan.sites
-        }
-        self.states = state_types(plan.observers)
-        self.calibrated = qstate_names(plan)
-        self.shadow = shadow_of(model, ops.forwards, train, plan.method)
-        self.parameters = tuple(name for name, _ in self.shadow.named_parameters())
-        self.buffers = dict(self.shadow.named_buffers())
-        aliases = self.shadow.named_parameters(remove_duplicate=False)
-        names = {id(p): n for n, p in self.shadow.named_parameters()}
-        self.known = {name: names[id(p)] for name, p in aliases}
-        self._threads = threading.local()
-
-    def run(
-        self, function: str, interpreter: Interpreter, params: Params, args: Any, kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Returns the model's output and its buffers after the call."""
-        state = dict(params)
-        given = set()
-        for name in params:
-            if name in self.known:
-                given.add(self.known[name])
-            elif name not in self.buffers:
-                raise ValueError(
-                    f"{function}: params must name tensors of the model, got {name!r}."
-                )
-        for name in self.parameters:
-            if name not in given:
-                raise ValueError(f"{function}: params must have every parameter, lacks {name!r}.")
-        for name, buffer in self.buffers.items():
-            state[name] = params.get(name, buffer).clone()
-        y = interpreter.run(functional_call, self._shadow(), state, args, kwargs)
-        return y, {name: state[name] for name in self.buffers}
-
-    def _shadow(self) -> nn.Module:
-        """One shadow per thread: functional_call puts tensors into it while it runs.
-
-        Dynamo traces under a lock, and only imagines what functional_call does.
-        """
-        if torch.compiler.is_compiling():
-            return self.shadow
-        if not hasattr(self._threads, "shadow"):
-            self._threads.shadow = shadow_of(self.shadow, {})
-        return self._threads.shadow
-
-
-class _Planned(Interpreter):
-    """An interpreter that follows a plan."""
-
-    def __init__(self, program: _Program) -> None:
-        super().__init__(program.ops, program.opted, program.distinct)
-        self.sites = program.sites
-
-    def operands_at(self, name: str, op: Op, call: Arguments) -> Mapping[str, Any]:
-        actions = self.sites.get(name)
-        if actions is None and _could_be_a_site(op, call):
-            raise ValueError(
-                f"site {name!r}: must be in the plan, which has {len(self.sites)} others. Make the "
-                "plan with arguments that reach it, or join it to another with Plan.merge."
-            )
-        return {} if actions is None else actions
-
-
-class _Observe(_Planned):
-    def __init__(self, program: _Program, stats: State) -> None:
+class _Observe(Planned):
+    def __init__(self, program: PlannedModel, stats: State) -> None:
         super().__init__(program)
         self.stats = dict(stats)
         self.level = transform_level()
@@ -236,46 +155,6 @@ class _Observe(_Planned):
             if transform_level() != self.level:
                 axis = getattr(action.observer, "axis", None)
                 values = at_site(name, outside_transforms, values, self.level, axis)
-            values = _grouped(values, action.groups)
+            values = grouped(values, action.groups)
             self.stats[name] = at_site(name, action.observer.update, self.stats[name], values)
         return x
-
-
-class _FakeQuantize(_Planned):
-    def __init__(self, program: _Program, qstate: State) -> None:
-        super().__init__(program)
-        self.qstate = qstate
-
-    def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        return at_site(name, self._on_grid, name, x, action)
-
-    def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
-        if hasattr(x, "features"):
-            return x.with_features(self._on_grid(name, x.features, quantizer))
-        y = _grouped(x, quantizer.groups)
-        y = self.rounded(name, y, quantizer, *self._range(name, y, quantizer))
-        return y if quantizer.groups == 1 else y.reshape(x.shape)
-
-    def _range(self, name: str, x: Tensor, q: Quantizer) -> tuple[Tensor, Tensor | None]:
-        if q.dynamic:
-            return dynamic_range(x, q)
-        return self.qstate[name], None if q.symmetric else self.qstate[zero_point_of(name)]
-
-    def rounded(
-        self, name: str, x: Tensor, quantizer: Quantizer, scale: Tensor, zero_point: Tensor | None
-    ) -> Tensor:
-        """Returns x on the grid."""
-        return fake_quantize_operand(x, quantizer, scale, zero_point)
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    return x if groups == 1 else x.reshape(groups, -1, *x.shape[1:])
-
-
-def _could_be_a_site(op: Op, call: Arguments) -> bool:
-    for slot in op.slots:
-        x = slot.read(call) if slot.position >= 0 else None
-        x = x[0] if isinstance(x, list | tuple) and x else x
-        if slot.position < 0 or floats_of(x) is not None:
-            return True
-    return False

@@ -1,5 +1,6 @@
 """Hypothesis profiles: `dev` (50 examples), `ci` (200, the same every run), `thorough` (2000); seeds."""
 
+import functools
 import os
 
 import pytest
@@ -26,3 +27,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _seeded():
     """Every test sees the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def onnx_parsed_once():
+    """`torch.onnx.export` parses the source of 497 functions of onnxscript at every call: here once."""
+    from torch.onnx._internal import _lazy_import
+
+    apis = getattr(
+        _lazy_import, "onnxscript_apis", None
+    )  # a private name: without it, all the same
+    if apis is not None:
+        functions = functools.cache(lambda: type(apis).__getattr__(apis, "get_torchlib_ops")())
+        apis.get_torchlib_ops = lambda: list(functions())

@@ -1,6 +1,7 @@
 """`fquant quantize` and `fquant inspect`: files, what is printed, and exit codes."""
 
-import subprocess
+import contextlib
+import io
 import sys
 import textwrap
 from pathlib import Path
@@ -12,7 +13,9 @@ import fquant as fq
 from fquant.cli import main
 from fquant.commands.table import print_table
 
-for package in ("yaml", "safetensors", "onnx", "onnxscript"):
+onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.usefixtures("onnx_parsed_once")
+for package in ("yaml", "safetensors", "onnxscript"):
     pytest.importorskip(package)
 
 MODULE = """
@@ -58,24 +61,20 @@ def written(folder, name, recipe=RECIPE):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, onnx_parsed_once):
     """The folder after one run of the recipe, and what it printed."""
     folder = tmp_path_factory.mktemp("quantize")
     path = written(folder, "a_network_of_mine")
-    run = subprocess.run(
-        [sys.executable, "-c", "from fquant.cli import main; exit(main())", "quantize", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return folder, run
+    printed, progress = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        assert main(["quantize", str(path)]) == 0, progress.getvalue()
+    return folder, printed.getvalue(), progress.getvalue()
 
 
 def test_quantize_writes_what_the_recipe_says(outputs):
-    folder, run = outputs
-    assert "calibrate" in run.stderr  # the progress bar
-    lines = run.stdout.splitlines()
+    folder, printed, progress = outputs
+    assert "calibrate" in progress  # the progress bar
+    lines = printed.splitlines()
     row = next(line.split() for line in lines if line.strip().startswith("2/linear#0.weight"))
     assert row[:7] == ["2/linear#0.weight", "QuantSpec", "of", "4", "bits", "4", row[6]]
     assert any(line.startswith("3 batches, ") for line in lines)
@@ -99,7 +98,7 @@ def test_quantize_writes_what_the_recipe_says(outputs):
 
 
 def test_inspect_says_what_is_in_each(outputs, capsys):
-    folder, _ = outputs
+    folder, *_ = outputs
     assert main(["inspect", str(folder / "state.safetensors")]) == 0
     printed = capsys.readouterr().out
     assert "params/0.weight" in printed
@@ -148,7 +147,7 @@ def test_inspect_shows_network_cards(tmp_path, capsys):
 
 
 def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
-    folder, _ = outputs
+    folder, *_ = outputs
     assert main(["inspect", str(tmp_path / "missing")]) == 2
     assert "FILE must be a file" in capsys.readouterr().err
     for name in ("state.safetensors", "model.pt2", "model.onnx"):
@@ -156,6 +155,11 @@ def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
         (tmp_path / name).write_bytes(data[: len(data) // 2])
         assert main(["inspect", str(tmp_path / name)]) == 1
         assert f"{name}' must be" in capsys.readouterr().err
+    model = onnx.load(folder / "model.onnx")
+    del next(n for n in model.graph.node if n.op_type == "DequantizeLinear").input[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    assert main(["inspect", str(tmp_path / "model.onnx")]) == 1
+    assert "model.onnx' must be an ONNX model" in capsys.readouterr().err
     (tmp_path / "text").write_text("hello")
     assert main(["inspect", str(tmp_path / "text")]) == 1
     assert "must be a safetensors file, a program" in capsys.readouterr().err
@@ -209,7 +213,9 @@ def test_a_recipe_that_is_not_right(old, new, line, message, tmp_path, capsys):
 def test_a_failure_of_the_model_is_1(tmp_path, capsys):
     path = written(tmp_path, "broken_network", RECIPE.replace("{name}:batches", "{name}:broken"))
     assert main(["quantize", str(path)]) == 1
-    assert capsys.readouterr().err == "fquant quantize: RuntimeError: out of eggs\n"
+    printed = capsys.readouterr().err
+    assert printed.endswith("\nfquant quantize: RuntimeError: out of eggs\n")
+    assert 'broken_network.py", line' in printed  # where it failed
 
 
 def test_a_recipe_that_is_not_there_is_2(tmp_path, capsys):

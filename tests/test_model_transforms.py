@@ -175,7 +175,7 @@ def test_no_recompilation_when_only_values_change(name):
     assert len(graphs) == 1
 
 
-class Names(fq.transforms._FakeQuantize):
+class Names(fq.planned_model.FakeQuantizing):
     """Writes down the sites that fake quantization meets."""
 
     met: ClassVar[list[str]] = []
@@ -188,7 +188,7 @@ class Names(fq.transforms._FakeQuantize):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_sites_are_the_same_in_eager_compile_and_export(name, monkeypatch):
     model, plan, params, qstate, inputs = prepared(name)
-    monkeypatch.setattr(fq.transforms, "_FakeQuantize", Names)
+    monkeypatch.setattr(fq.transforms, "FakeQuantizing", Names)
     forward = fq.fake_quant(model, plan)
 
     def met(call):

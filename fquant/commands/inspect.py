@@ -1,10 +1,9 @@
-"""`fquant inspect FILE`: what a file holds, without running anything in it but `torch.export.load`.
+"""`fquant inspect FILE`: what a file holds, without running or unpickling anything in it.
 
 Files of `fquant.save`, network cards and other safetensors files; programs of `torch.export.save`;
 ONNX models. Each becomes tables of tensors, sites, scales and sizes.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fquant.commands.program_archive import read_program_archive
 from fquant.commands.table import print_table, size_text
-from fquant.graph import granularity_of, is_dequantize, is_quantize, quantization_of
-from fquant.graph.editor import Editor
+from fquant.graph import format_from_text, granularity_of
 from fquant.optional import require_package
 from fquant.recipes import from_dict
 from fquant.serialization.container import read_container
@@ -127,24 +126,22 @@ def _card(path: Path) -> None:
 
 
 def _program(path: Path) -> None:
-    try:
-        program = torch.export.load(path)
-    except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"inspect: {str(path)!r} must be a program of torch.export.save, got {error}."
-        ) from error
-    editor = Editor(program)
-    sites: dict[str, tuple[Any, ...]] = {}
-    for node in editor.graph.nodes:
-        if is_quantize(node) or is_dequantize(node):
-            at = quantization_of(node)
-            shape = at.input.meta["val"].shape
-            granularity = granularity_of(at.scale.meta["val"].shape, shape)
-            step = _range(editor.value(at.scale)) if editor.constant(at.scale) else "dynamic"
-            kind = "Q/DQ" if is_quantize(node) or at.name in sites else "DQ of stored integers"
-            sites[at.name] = (at.name, kind, _grid_of(at.format), granularity, step)
-    rows = [_tensor_row(name, tensor) for name, tensor in program.state_dict.items()]
+    archive = read_program_archive(path)
+    rows = []
+    for name, tensor in archive.tensors.items():
+        known = tensor.value is not None and "scale" in name
+        scale = _range(tensor.value) if known else ""  # type: ignore[arg-type]
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        rows.append((name, "tensor", tensor.dtype, shape, size_text(tensor.nbytes), scale))
     print_table(_title(path, "program", len(rows)), TENSOR_HEADER, rows)
+    print_table("operations", ("name", "calls"), list(archive.operations.items()))
+    sites: dict[str, tuple[Any, ...]] = {}
+    for node in archive.quantizers:
+        steps, values = node.scale
+        kind = "DQ of stored integers" if node.stored and node.op == "dequantize" else "Q/DQ"
+        step = "dynamic" if values is None else _range(values)
+        grid = _grid_of(format_from_text(node.format))
+        sites[node.name] = (node.name, kind, grid, granularity_of(steps, node.shape), step)
     print_table("quantizers", ("name", "nodes", "grid", "scale per", "scale"), list(sites.values()))
 
 
@@ -152,9 +149,15 @@ def _onnx(path: Path) -> None:
     onnx = require_package("onnx", "fquant inspect", "onnx")
     decode_error = require_package("google.protobuf.message", "fquant inspect", "onnx").DecodeError
     try:
-        graph = onnx.load(path).graph
-    except decode_error as error:
+        rows, sites = _onnx_rows(onnx, onnx.load(path).graph)
+    except (decode_error, IndexError) as error:  # IndexError: a node lacks an input or output
         raise ValueError(f"inspect: {str(path)!r} must be an ONNX model, got {error}.") from error
+    print_table(_title(path, "ONNX", len(rows)), TENSOR_HEADER, rows)
+    print_table("quantizers", ("name", "nodes", "type", "scale per", "scale"), sites)
+
+
+def _onnx_rows(onnx: Any, graph: Any) -> tuple[list[Any], list[Any]]:
+    """Rows of initializers and of quantizers."""
     types = onnx.TensorProto.DataType
     rows = [
         (
@@ -167,7 +170,6 @@ def _onnx(path: Path) -> None:
         )
         for one in graph.initializer
     ]
-    print_table(_title(path, "ONNX", len(rows)), TENSOR_HEADER, rows)
     names = {node.output[0]: node for node in graph.node}
     held = {one.name: one for one in graph.initializer}
     sites = []
@@ -192,7 +194,7 @@ def _onnx(path: Path) -> None:
         elif scale is not None and not scale.dims:
             layout = "tensor"
         sites.append((name, "Q/DQ" if source else "DQ of stored integers", kind, layout, step))
-    print_table("quantizers", ("name", "nodes", "type", "scale per", "scale"), sites)
+    return rows, sites
 
 
 def _tensor_row(name: str, tensor: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,6 @@ import fquant
 from fquant.commands.recipe import Recipe
 from fquant.commands.table import print_table, size_text
 from fquant.plan import Plan
-from fquant.serialization.atomic import replacing
 
 
 def quantize_model(recipe: Recipe, progress: bool | None) -> None:
@@ -43,10 +42,9 @@ def quantize_model(recipe: Recipe, progress: bool | None) -> None:
             weights=recipe.weights,
         )
         if "program" in recipe.outputs:
-            with replacing(recipe.outputs["program"]) as temporary, open(temporary, "wb") as file:
-                torch.export.save(program, file)
+            fquant.graph.save_program(program, recipe.outputs["program"])
         if "onnx" in recipe.outputs:
-            fquant.to_onnx(program, recipe.outputs["onnx"])
+            fquant.to_onnx(fquant.graph.fold_norms(program), recipe.outputs["onnx"])
     floats = sum(tensor.nbytes for tensor in params.values())
     rows = [
         (kind, path, size_text(path.stat().st_size), f"{path.stat().st_size / floats:.2f}")

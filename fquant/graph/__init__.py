@@ -3,6 +3,7 @@
 qdq_ops    the two nodes, their arguments, and how to recognise them
 export     a model under a plan -> program with Q/DQ nodes
 editor     how programs are rewritten: copied, never written
+fold       batch norms in the scales of the layers before them
 tidy       exact rewrites that bring Q/DQ nodes next to the layers they belong to
 pattern    what a line of a lowering table is about
 kernels    the lines that come with fquant; epilogue works out their constants
@@ -10,12 +11,15 @@ lowering   program -> program with integer layers; report says what became of ea
 onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
 decomposed torch's own quantized_decomposed nodes, for tools that want them
+files      program -> a small file without pickle
 integers   what a program computes at each quantizer
 """
 
 from fquant.graph.decomposed import to_quantized_decomposed
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
+from fquant.graph.files import save_program
+from fquant.graph.fold import fold_norms
 from fquant.graph.integers import site_integers
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.lowering import Lowered, lower
@@ -46,6 +50,7 @@ __all__ = [
     "QuantizedOperand",
     "dynamic_rows",
     "export_qdq",
+    "fold_norms",
     "format_from_text",
     "format_to_text",
     "granularity_of",
@@ -56,6 +61,7 @@ __all__ = [
     "lower",
     "prepack",
     "quantization_of",
+    "save_program",
     "site_integers",
     "store_integers",
     "to_onnx",

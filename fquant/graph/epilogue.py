@@ -2,7 +2,10 @@
 
     scale[c] = s_x * s_w[c] (* gamma / sqrt(var + eps)) / s_y,   bias[c] / s_y,   s_r / s_y
 
-float32, in this order; without a Q node there is no s_y, and the result is float32.
+float32, in this order; without a Q node there is no s_y, and the result is float32. Zero points z, less
+128 for uint8, are in the bias, which is then worked out in float64 and rounded once:
+
+    bias[c] = (b[c] - s_x * s_w[c] * z_x * sum(w[c]) - s_r * z_r) / s_y + z_y
 """
 
 import math
@@ -13,8 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fquant.graph.editor import Editor
-from fquant.graph.pattern import Integers, NotLowered, Pattern, aten
-from fquant.graph.qdq_ops import Quantization, quantization_of
+from fquant.graph.fold import norm_as_affine
+from fquant.graph.pattern import Integers, NotLowered, Pattern, aten, shift_of, shifted_zero
+from fquant.graph.qdq_ops import Quantization, quantization_of, state_name
 
 
 class Epilogue(NamedTuple):
@@ -30,7 +34,12 @@ class Epilogue(NamedTuple):
 
 
 def epilogue_of(
-    editor: Editor, pattern: Pattern, x: Quantization, weight: Integers, bias: Node | None
+    editor: Editor,
+    pattern: Pattern,
+    x: Quantization,
+    weight: Integers,
+    bias: Node | None,
+    zero: int = 0,
 ) -> Epilogue:
     """Returns the epilogue of a convolution or product of x and weight.
 
@@ -40,6 +49,7 @@ def epilogue_of(
         x: its integer input.
         weight: its weight, output channels first.
         bias: its bias, if any.
+        zero: the integer of x that means 0.0, if the kernel leaves it in the sums.
 
     Raises:
         NotLowered: the bias is computed at run time.
@@ -49,33 +59,60 @@ def epilogue_of(
     step = editor.value(x.scale).float().reshape(()) * weight.scale
     step = step.expand(weight.q.shape[0])
     offset: Tensor | None = editor.value(bias)
+    if zero != 0:
+        sums = weight.q.flatten(1).sum(1, dtype=torch.float64)
+        offset = _plus(offset, -zero * step * sums)
     if pattern.norm is not None:
         step, offset = _with_norm(editor, pattern.norm, step, offset)
     residual = residual_scale = None
     if pattern.residual is not None:
         added = quantization_of(pattern.residual)
         residual, residual_scale = added.input, editor.value(added.scale).float().reshape(())
-    out_step = None
+        if (middle := shifted_zero(editor, added)) != 0:
+            offset = _plus(offset, -middle * residual_scale.double())
+    out_step, out_zero, out_dtype = None, 0, torch.float32
     if pattern.quantize is not None:
-        out_step = editor.value(quantization_of(pattern.quantize).scale).float().reshape(())
+        result = quantization_of(pattern.quantize)
+        out_step, out_zero = (
+            editor.value(result.scale).float().reshape(()),
+            shifted_zero(editor, result),
+        )
+        out_dtype = result.format.dtype
         step = step / out_step
         offset = None if offset is None else offset / out_step
         residual_scale = None if residual_scale is None else residual_scale / out_step
-    site = x.name.rpartition(".")[0].replace(".", "_")
+        offset = offset if out_zero == 0 else _plus(offset, torch.tensor(float(out_zero)).double())
+    if offset is not None:
+        offset = offset.float().expand(weight.q.shape[0])
+    site = state_name(x.name.rpartition(".")[0])
 
     def state(name: str, value: Tensor | None) -> Node | None:
-        return None if value is None else editor.add_state(f"lowered.{_word(site)}.{name}", value)
+        return None if value is None else editor.add_state(f"lowered.{site}.{name}", value)
 
     low, high = pattern.activation or (-math.inf, math.inf)
+    relu = low == 0.0 and out_zero == 0
     arguments = (
         state("scale", step),
-        state("bias", None if offset is None else offset.float()),
+        state("bias", offset),
         residual,
         state("residual_scale", residual_scale),
-        low == 0.0,
-        torch.float32 if out_step is None else torch.int8,
+        relu,
+        out_dtype,
     )
-    return Epilogue(arguments, _clamp_left(pattern, low, high, out_step))
+    if out_step is None:
+        return Epilogue(arguments, _bounds_left(low, high, relu, -math.inf, math.inf))
+    assert pattern.quantize is not None
+    spec: Any = quantization_of(pattern.quantize).format
+    zero_point = out_zero + shift_of(spec)
+    # Rounding is monotonic, so clamping integers to rounded bounds is rounding what was clamped.
+    low = max(spec.q_min, float((low / out_step).round()) + zero_point)
+    high = min(spec.q_max, float((high / out_step).round()) + zero_point)
+    limits = torch.iinfo(out_dtype)
+    return Epilogue(arguments, _bounds_left(low, high, relu, limits.min, limits.max))
+
+
+def _plus(offset: Tensor | None, more: Tensor) -> Tensor:
+    return more.double() if offset is None else offset.double() + more.double()
 
 
 def clamped(editor: Editor, node: Node, epilogue: Epilogue, before: Node) -> Node:
@@ -85,48 +122,23 @@ def clamped(editor: Editor, node: Node, epilogue: Epilogue, before: Node) -> Nod
     return editor.call(aten.clamp.default, node, *epilogue.clamp, before=before)
 
 
-def _clamp_left(
-    pattern: Pattern, low: float, high: float, out_step: Tensor | None
+def _bounds_left(
+    low: float, high: float, relu: bool, smallest: float, largest: float
 ) -> tuple[float | None, float | None] | None:
-    """Bounds that the kernel does not see to: it knows ReLU and the int8 range only.
-
-    Rounding is monotonic, so clamping integers to rounded bounds is rounding what was clamped.
-    """
-    smallest, largest = -math.inf, math.inf
-    if pattern.quantize is not None and out_step is not None:
-        spec = quantization_of(pattern.quantize).format
-        smallest, largest = -128.0, 127.0
-        low = max(spec.q_min, float((low / out_step).round()))
-        high = min(spec.q_max, float((high / out_step).round()))
-    lower = None if low <= smallest or (low == 0.0 and _is_relu(pattern)) else low
+    """Bounds that the kernel does not see to: it knows ReLU and the range of the type it returns."""
+    lower = None if low <= smallest or (relu and low == 0.0) else low
     upper = None if high >= largest else high
     if lower is None and upper is None:
         return None
-    if pattern.quantize is not None:
-        return (None if lower is None else int(lower)), (None if upper is None else int(upper))
-    return lower, upper
-
-
-def _is_relu(pattern: Pattern) -> bool:
-    return pattern.activation is not None and pattern.activation[0] == 0.0
+    if smallest == -math.inf:
+        return lower, upper
+    return (None if lower is None else int(lower)), (None if upper is None else int(upper))
 
 
 def _with_norm(
     editor: Editor, norm: Node, step: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The step and offset with a batch norm folded in; worked out in float64, rounded once."""
-    gamma, beta, mean, variance = (
-        None if a is None else editor.value(a).double() for a in norm.args[1:5]
-    )
-    eps: Any = norm.args[6]
-    assert mean is not None
-    assert variance is not None
-    factor = torch.rsqrt(variance + eps)
-    factor = factor if gamma is None else factor * gamma
-    shift = -mean if offset is None else offset.double() - mean
-    shift = shift * factor if beta is None else shift * factor + beta
-    return step * factor.float(), shift.float()
-
-
-def _word(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """The step and offset with a batch norm folded in, in the offset's precision, float32 or float64."""
+    factor, shift = norm_as_affine(editor, norm, offset)
+    wide = offset is not None and offset.dtype == torch.float64
+    return step * factor.float(), shift if wide else shift.float()

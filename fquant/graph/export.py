@@ -1,6 +1,5 @@
 """`export_qdq`: a model under a plan as one graph with Q/DQ nodes in it."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,10 @@ from fquant.graph.editor import Editor
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.op_rules import Quantizer
 from fquant.plan import Plan
-from fquant.qstate import qstate_names
+from fquant.planned_model import FakeQuantizing, Params, PlannedModel
+from fquant.qstate import State, qstate_names
 from fquant.records import QTensor
 from fquant.sparse import KernelMap, SparseTensor
-from fquant.transforms import Params, State, _FakeQuantize, _Program
 
 aten = torch.ops.aten
 
@@ -41,7 +40,8 @@ def export_qdq(
     but for NaN, for which integers have no code. The graph is functional, its operations are torch's
     layers (`aten.linear`, `aten.conv2d`, `aten.batch_norm`, ...), and a sparse convolution is one
     node. Params, scales and buffers are state of the program, under `params.<name>`,
-    `scales.<quantizer>` and `integers.<quantizer>`: the tensors given, or integers made of them.
+    `scales.<quantizer>`, `zero_points.<quantizer>` and `integers.<quantizer>`: the tensors given, or
+    integers made of them.
 
     Args:
         model: what the plan was made for; not written, and no part of the program.
@@ -75,7 +75,7 @@ def export_qdq(
     if weights not in ("float", "integer"):
         raise ValueError(f"export_qdq: weights must be 'float' or 'integer', got {weights!r}.")
     require_sites("export_qdq", "qstate", qstate, qstate_names(plan))
-    captured = _Captured(_Program(model, plan, False, ops), params, qstate)
+    captured = _Captured(PlannedModel(model, plan, False, ops), params, qstate)
     program = torch.export.export(
         captured, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
     )
@@ -116,7 +116,7 @@ def store_integers(program: ExportedProgram) -> ExportedProgram:
     editor = Editor(program)
     for node in editor.nodes(qdq_ops.quantize):
         if editor.constant(node):
-            name = "integers." + _attribute(qdq_ops.quantization_of(node).name)
+            name = "integers." + qdq_ops.state_name(qdq_ops.quantization_of(node).name)
             editor.replace(node, editor.add_state(name, editor.value(node)))
     return editor.finish()
 
@@ -124,7 +124,7 @@ def store_integers(program: ExportedProgram) -> ExportedProgram:
 class _Captured(nn.Module):
     """The program's owner: a module with the params and scales as state, and nothing of the model's."""
 
-    def __init__(self, program: _Program, params: Params, qstate: State) -> None:
+    def __init__(self, program: PlannedModel, params: Params, qstate: State) -> None:
         super().__init__()
         self.program = [program]  # in a list, so that its modules are none of this one's
         self.names: dict[str, tuple[nn.Module, str]] = {}
@@ -134,7 +134,7 @@ class _Captured(nn.Module):
         for name, tensor in {**program.buffers, **params}.items():
             self._own(self.params, name, tensor)
         for name, scale in qstate.items():
-            attribute = _attribute(name)
+            attribute = qdq_ops.state_name(name)
             while attribute in self.scales._buffers:
                 attribute += "_"
             self.scale_names[name] = attribute
@@ -156,7 +156,7 @@ class _Captured(nn.Module):
         return self.program[0].run("export_qdq", interpreter, params, args, kwargs)[0]
 
 
-class _Capture(_FakeQuantize):
+class _Capture(FakeQuantizing):
     """Rounds by a Q and a DQ node where fake quantization has arithmetic."""
 
     captures = True
@@ -171,8 +171,19 @@ class _Capture(_FakeQuantize):
 
 
 def _without_copies(program: ExportedProgram) -> ExportedProgram:
-    """Takes out copies, which nothing writes in a functional graph, and checks of dtypes."""
+    """Takes out copies, which nothing writes in a functional graph, and checks of dtypes.
+
+    Zero points that are known become state as the integers that they are.
+    """
     editor = Editor(program)
+    zero_points: dict[Any, Any] = {}
+    for node in editor.nodes(qdq_ops.quantize, qdq_ops.dequantize):
+        x = qdq_ops.quantization_of(node)
+        if x.zero_point is not None and editor.constant(x.zero_point):
+            if x.zero_point not in zero_points:
+                name = f"zero_points.{qdq_ops.state_name(x.name)}"
+                zero_points[x.zero_point] = editor.add_state(name, editor.value(x.zero_point))
+            node.update_arg(2, zero_points[x.zero_point])
     for node in editor.nodes(aten._assert_tensor_metadata.default):
         editor.graph.erase_node(node)
     for node in editor.nodes(aten.clone.default, aten.copy.default):
@@ -185,8 +196,3 @@ def _without_copies(program: ExportedProgram) -> ExportedProgram:
         if same and not returned and not node.kwargs and len(node.args) <= 2:
             editor.replace(node, source)
     return editor.finish()
-
-
-def _attribute(name: str) -> str:
-    """The name of a quantizer as one that a module's attribute can have."""
-    return re.sub(r"\W", "_", name)

@@ -7,11 +7,15 @@ alone, and a linear layer is the case of one tap. So the arithmetic is that of
 oneDNN's int8 layers (`torch.ops.onednn.qlinear_pointwise`) do not compute these sums on CPUs without
 VNNI: pairs of products saturate at int16. Of 2,112 sums of 256 full-range products 0.4 % were right on
 an AVX2 machine. `torch._int_mm` is exact, and ran there at 3 GOP/s where this kernel ran at 140 to 226.
+
+Unsigned integers are shifted: the kernel reads and writes `q - 128`. `zero` is the integer that means
+0.0, after that shift; cells beyond the edge hold it. The sums are of the shifted integers as they are:
+`- zero * sum(weights)` is left to the bias, but in grouped layers, which subtract it from x.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,12 @@ from torch import Tensor
 
 import fquant_kernels
 from fquant.affine import dequantize, quantize
+from fquant.graph.dense_maps import (
+    dense_neighbors,
+    output_size,
+    transposed_neighbors,
+    transposed_output_size,
+)
 from fquant.graph.qdq_ops import format_from_text
 from fquant.packing import PackedTensor
 from fquant_kernels.conv_int8.reference import requantize
@@ -31,133 +41,24 @@ _EPILOGUE = (
     "Tensor scale, Tensor? bias, Tensor? residual, Tensor? residual_scale, bool relu, "
     "ScalarType out_dtype"
 )
-_WEIGHT = "Tensor weight, int[] weight_shape, str isa"
+_X = "Tensor x, int zero, Tensor weight, int[] weight_shape, str isa"
+SHIFT = 128
 
 
-def dense_neighbors(
-    batch: int,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    device: torch.device,
-) -> Tensor:
-    """Returns the kernel map of a dense convolution over rows in (batch, *size) order.
-
-    Output cell o reads `o * stride - padding + k * dilation` by tap k; -1 outside.
-
-    Returns:
-        `(prod(kernel), batch * prod(output size))` int32.
-
-    Example:
-        >>> dense_neighbors(1, [3], [3], [1], [1], [1], torch.device("cpu"))
-        tensor([[-1,  0,  1],
-                [ 0,  1,  2],
-                [ 1,  2, -1]], dtype=torch.int32)
-    """
-    axes = len(size)
-
-    def along(values: Tensor, axis: int) -> Tensor:
-        return values.reshape([-1 if a == axis else 1 for a in range(2 * axes + 1)])
-
-    rows = along(torch.arange(batch, dtype=torch.int32, device=device), axes)
-    outside = None
-    for axis in range(axes):
-        taps = along(torch.arange(kernel[axis], dtype=torch.int32, device=device), axis)
-        count = output_size(size[axis], kernel[axis], stride[axis], padding[axis], dilation[axis])
-        cells = along(torch.arange(count, dtype=torch.int32, device=device), axes + 1 + axis)
-        read = cells * stride[axis] - padding[axis] + taps * dilation[axis]
-        rows = rows * size[axis] + read
-        if padding[axis]:
-            beyond = (read < 0) | (read >= size[axis])
-            outside = beyond if outside is None else outside | beyond
-    rows = rows if outside is None else torch.where(outside, -1, rows)
-    return rows.reshape(math.prod(kernel), -1).to(torch.int32)
+def to_signed(q: Tensor) -> Tensor:
+    """Returns int8 as it is, and uint8 less 128 as int8."""
+    return q if q.dtype == torch.int8 else q.bitwise_xor(SHIFT).view(torch.int8)
 
 
-def transposed_neighbors(
-    batch: int,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output_padding: Sequence[int],
-    device: torch.device,
-) -> Tensor:
-    """Returns the kernel map of a dense transposed convolution, as `dense_neighbors`.
-
-    Output cell o reads `(o + padding - k * dilation) / stride` by tap k where that is a cell.
-
-    Example:
-        >>> transposed_neighbors(1, [2], [2], [2], [0], [1], [0], torch.device("cpu"))
-        tensor([[ 0, -1,  1, -1],
-                [-1,  0, -1,  1]], dtype=torch.int32)
-    """
-    axes = len(size)
-    axis_of = [
-        [-1 if a == axis else 1 for a in range(2 * axes + 1)] for axis in range(2 * axes + 1)
-    ]
-    rows = torch.arange(batch, dtype=torch.int32, device=device).reshape(axis_of[axes])
-    absent: Tensor | None = None
-    for axis in range(axes):
-        taps = torch.arange(kernel[axis], dtype=torch.int32, device=device).reshape(axis_of[axis])
-        count = transposed_output_size(
-            size[axis], kernel[axis], stride[axis], padding[axis], dilation[axis],
-            output_padding[axis],
-        )  # fmt: skip
-        cells = torch.arange(count, dtype=torch.int32, device=device)
-        wide = cells.reshape(axis_of[axes + 1 + axis]) + padding[axis] - taps * dilation[axis]
-        read = torch.div(wide, stride[axis], rounding_mode="floor")
-        rows = rows * size[axis] + read
-        beyond = (read * stride[axis] != wide) | (read < 0) | (read >= size[axis])
-        absent = beyond if absent is None else absent | beyond
-    assert absent is not None
-    return torch.where(absent, -1, rows).reshape(math.prod(kernel), -1).to(torch.int32)
-
-
-def transposed_output_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int
-) -> int:
-    """Returns how many cells a transposed convolution has along an axis."""
-    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Returns how many cells a convolution has along an axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def from_signed(q: Tensor) -> Tensor:
+    """Returns int8 plus 128 as uint8."""
+    return q.bitwise_xor(-SHIFT).view(torch.uint8)
 
 
 def _by_rows(
     rows: Tensor,
+    zero: int,
     neighbors: Tensor,
-    weight: Tensor,
-    weight_shape: Sequence[int],
-    isa: str,
-    *epilogue: object,
-) -> Tensor:
-    """The convolution of rows, by a weight as it is (isa "") or one packed for an instruction set."""
-    shape = [weight_shape[0], math.prod(weight_shape[1:-1]), weight_shape[-1]]
-    if isa:
-        return fquant_kernels.sparse_conv_int8_packed(
-            rows,
-            weight,
-            shape,
-            isa,
-            neighbors,
-            *epilogue,  # type: ignore[arg-type]
-        )
-    return fquant_kernels.sparse_conv_int8(
-        rows,
-        weight.reshape(shape),
-        neighbors,
-        *epilogue,  # type: ignore[arg-type]
-    )
-
-
-def _linear(
-    x: Tensor,
     weight: Tensor,
     weight_shape: Sequence[int],
     isa: str,
@@ -168,19 +69,52 @@ def _linear(
     relu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """The convolution of rows, by a weight as it is (isa "") or one packed for an instruction set."""
+    shape = [weight_shape[0], math.prod(weight_shape[1:-1]), weight_shape[-1]]
+    rows = to_signed(rows)
+    if zero != 0:
+        count = rows.shape[0]
+        rows = torch.cat([rows, rows.new_full((1, shape[2]), zero)])
+        neighbors = torch.where(neighbors < 0, count, neighbors)
+    added = None if residual is None else to_signed(residual)
+    kernel_dtype = torch.int8 if out_dtype == torch.uint8 else out_dtype
+    epilogue = (scale, bias, added, residual_scale, relu, kernel_dtype)
+    if isa:
+        y = fquant_kernels.sparse_conv_int8_packed(rows, weight, shape, isa, neighbors, *epilogue)
+    else:
+        y = fquant_kernels.sparse_conv_int8(rows, weight.reshape(shape), neighbors, *epilogue)
+    return from_signed(y) if out_dtype == torch.uint8 else y
+
+
+def _linear(
+    x: Tensor,
+    zero: int,
+    weight: Tensor,
+    weight_shape: Sequence[int],
+    isa: str,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    del zero  # no cell is absent
     rows = x.reshape(-1, weight_shape[1])
     neighbors = torch.arange(rows.shape[0], dtype=torch.int32, device=x.device).unsqueeze(0)
     if residual is not None:
         residual = residual.reshape(-1, weight_shape[0])
     shape = [weight_shape[0], 1, weight_shape[1]]
     y = _by_rows(
-        rows, neighbors, weight, shape, isa, scale, bias, residual, residual_scale, relu, out_dtype
-    )
+        rows, 0, neighbors, weight, shape, isa, scale, bias, residual, residual_scale, relu,
+        out_dtype,
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight_shape[0])
 
 
 def _conv(
     x: Tensor,
+    zero: int,
     weight: Tensor,
     weight_shape: Sequence[int],
     isa: str,
@@ -197,9 +131,10 @@ def _conv(
 ) -> Tensor:
     kernel = weight_shape[1:-1]
     if groups > 1:
-        return _grouped_conv(
-            x, weight, scale, bias, residual, residual_scale, relu, out_dtype,
-            (stride, padding, dilation, groups),
+        conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+        return _grouped(
+            conv, (stride, padding, dilation, groups), x, zero, weight.movedim(-1, 1),
+            scale, bias, residual, residual_scale, relu, out_dtype,
         )  # fmt: skip
     size = x.shape[2:]
     neighbors = dense_neighbors(x.shape[0], size, kernel, stride, padding, dilation, x.device)
@@ -207,7 +142,7 @@ def _conv(
         output_size(*axis) for axis in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
     y = _by_rows(
-        _rows(x), neighbors, weight, weight_shape, isa, scale, bias,
+        _rows(x), zero, neighbors, weight, weight_shape, isa, scale, bias,
         None if residual is None else _rows(residual), residual_scale, relu, out_dtype,
     )  # fmt: skip
     return y.reshape(x.shape[0], *out_size, weight_shape[0]).movedim(-1, 1)
@@ -215,6 +150,7 @@ def _conv(
 
 def _conv_transpose(
     x: Tensor,
+    zero: int,
     weight: Tensor,
     weight_shape: Sequence[int],
     isa: str,
@@ -228,24 +164,46 @@ def _conv_transpose(
     padding: Sequence[int],
     dilation: Sequence[int],
     output_padding: Sequence[int],
+    groups: int,
 ) -> Tensor:
+    if groups > 1:
+        conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+        # Of a transposed convolution torch counts (groups, inputs of a group), one after the other.
+        inputs_first = weight.unflatten(0, (groups, -1)).movedim(-1, 1).flatten(0, 1)
+        return _grouped(
+            conv, (stride, padding, output_padding, groups, dilation), x, zero, inputs_first,
+            scale, bias, residual, residual_scale, relu, out_dtype,
+        )  # fmt: skip
     size = x.shape[2:]
     geometry = (weight_shape[1:-1], stride, padding, dilation, output_padding)
     neighbors = transposed_neighbors(x.shape[0], size, *geometry, x.device)
     out_size = [transposed_output_size(*axis) for axis in zip(size, *geometry, strict=True)]
     y = _by_rows(
-        _rows(x), neighbors, weight, weight_shape, isa, scale, bias,
+        _rows(x), zero, neighbors, weight, weight_shape, isa, scale, bias,
         None if residual is None else _rows(residual), residual_scale, relu, out_dtype,
     )  # fmt: skip
     return y.reshape(x.shape[0], *out_size, weight_shape[0]).movedim(-1, 1)
 
 
 def _add(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, relu: bool, scale: Tensor, format: str
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    relu: bool,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
 ) -> Tensor:
-    """`saturate(round((a * a_scale + b * b_scale) / scale))`, each operation rounded in float32."""
-    y = a.to(torch.float32) * a_scale + b.to(torch.float32) * b_scale
-    return quantize(y.clamp(min=0.0) if relu else y, scale, spec=format_from_text(format)).q
+    """The quantized `(a - a_zero) * a_scale + (b - b_zero) * b_scale`, each operation in float32."""
+    first, second = (
+        (q.to(torch.float32) - (0 if zero is None else zero)) * step
+        for q, step, zero in ((a, a_scale, a_zero), (b, b_scale, b_zero))
+    )
+    y = first + second
+    return quantize(y.clamp(min=0.0) if relu else y, scale, zero_point, format_from_text(format)).q
 
 
 def _dequantize_packed(
@@ -261,8 +219,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _grouped_conv(
+def _grouped(
+    conv: Callable[..., Tensor],
+    geometry: Sequence[object],
     x: Tensor,
+    zero: int,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -270,16 +231,17 @@ def _grouped_conv(
     residual_scale: Tensor | None,
     relu: bool,
     out_dtype: torch.dtype,
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
 ) -> Tensor:
-    """A grouped convolution in floats that hold whole numbers: the same sums, exactly."""
-    products = math.prod(weight.shape[1:])
+    """A layer in groups, in floats that hold whole numbers: the same sums, exactly."""
+    products = math.prod(weight.shape[1:]) * (1 if zero == 0 else 2)
     wide = torch.float32 if products <= EXACT_IN_FLOAT32 else torch.float64
-    conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
-    sums = conv(x.to(wide), weight.movedim(-1, 1).to(wide), None, *geometry)
+    sums = conv(to_signed(x).to(wide) - zero, weight.to(wide), None, *geometry)
     shape = [-1] + [1] * (x.ndim - 2)
     bias = None if bias is None else bias.view(shape)
-    return requantize(sums, scale.view(shape), bias, residual, residual_scale, relu, out_dtype)
+    added = None if residual is None else to_signed(residual)
+    kernel_dtype = torch.int8 if out_dtype == torch.uint8 else out_dtype
+    y = requantize(sums, scale.view(shape), bias, added, residual_scale, relu, kernel_dtype)
+    return from_signed(y) if out_dtype == torch.uint8 else y
 
 
 def _max_pool(
@@ -306,22 +268,20 @@ def _max_pool(
     return padded.clone() if result is None or result is x else result
 
 
-linear_int8 = define_composite_op(
-    f"linear_int8(Tensor x, {_WEIGHT}, {_EPILOGUE}) -> Tensor", _linear
-)
+linear_int8 = define_composite_op(f"linear_int8({_X}, {_EPILOGUE}) -> Tensor", _linear)
 conv_int8 = define_composite_op(
-    f"conv_int8(Tensor x, {_WEIGHT}, {_EPILOGUE}, int[] stride, int[] padding, int[] dilation, "
+    f"conv_int8({_X}, {_EPILOGUE}, int[] stride, int[] padding, int[] dilation, "
     "int groups) -> Tensor",
     _conv,
 )
 conv_transpose_int8 = define_composite_op(
-    f"conv_transpose_int8(Tensor x, {_WEIGHT}, {_EPILOGUE}, int[] stride, int[] padding, "
-    "int[] dilation, int[] output_padding) -> Tensor",
+    f"conv_transpose_int8({_X}, {_EPILOGUE}, int[] stride, int[] padding, "
+    "int[] dilation, int[] output_padding, int groups) -> Tensor",
     _conv_transpose,
 )
 add_int8 = define_composite_op(
-    "add_int8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, bool relu, Tensor scale, "
-    "str format) -> Tensor",
+    "add_int8(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor b, Tensor b_scale, Tensor? b_zero, "
+    "bool relu, Tensor scale, Tensor? zero_point, str format) -> Tensor",
     _add,
 )
 dequantize_packed = define_composite_op(

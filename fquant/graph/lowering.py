@@ -115,8 +115,8 @@ def _lower_node(
         return LayerReport(site, name, "", operands, f"the table has no lowering for {name}")
     reasons = []
     for entry in entries:
-        pattern = find_pattern(editor, node, entry.absorbs)
-        why_float = _why_float(editor, pattern)
+        pattern = find_pattern(editor, node, entry.absorbs, entry.shifted)
+        why_float = _why_float(editor, pattern, entry.shifted)
         results = () if pattern.quantize is None else (describe(editor, pattern.quantize),)
         try:
             new = entry.build(editor, pattern)
@@ -136,7 +136,7 @@ def _lower_node(
     return LayerReport(site, name, "", operands, "; ".join(dict.fromkeys(reasons)))
 
 
-def _why_float(editor: Editor, pattern: Pattern) -> str:
+def _why_float(editor: Editor, pattern: Pattern, shifted: bool) -> str:
     """Why the result of a layer is not rounded to integers by it, if anything would round it."""
     if pattern.quantize is not None:
         return ""
@@ -150,7 +150,7 @@ def _why_float(editor: Editor, pattern: Pattern) -> str:
             if len(rounding) < len(users)
             else "it is rounded by several scales"
         )
-    return f"its result is float: {why_not_int8(editor, rounding[0])}"
+    return f"its result is float: {why_not_int8(editor, rounding[0], shifted)}"
 
 
 def _mark_edges(editor: Editor, edges: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from fquant.graph import qdq_ops
+from fquant.graph import int8_ops, qdq_ops
 from fquant.graph.editor import Editor
 from fquant.graph.qdq_ops import Quantization, is_dequantize, quantization_of
 from fquant.spec import QuantSpec
@@ -65,6 +65,8 @@ class Lowering:
             whose value takes its place: integers on the grid of `pattern.quantize`, or floats where
             that is None. Raises NotLowered with the reason otherwise.
         absorbs: which of "norm", "add" and "activation" may be part of the pattern.
+        shifted: whether the kernel knows unsigned grids and zero points; without, their Q and DQ nodes
+            stay.
 
     Example:
         >>> def build(editor, pattern):
@@ -77,6 +79,7 @@ class Lowering:
     match: tuple[Any, ...]
     build: Callable[[Editor, Pattern], Node]
     absorbs: tuple[str, ...] = field(default=ALL_STEPS)
+    shifted: bool = False
 
 
 class Integers(NamedTuple):
@@ -86,7 +89,9 @@ class Integers(NamedTuple):
     scale: torch.Tensor
 
 
-def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Pattern:
+def find_pattern(
+    editor: Editor, anchor: Node, absorbs: tuple[str, ...], shifted: bool = False
+) -> Pattern:
     """Returns the longest pattern from an operation on, through nodes with a single user."""
     norm = residual = activation = None
     last, steps, nodes = anchor, [_name(anchor)], [anchor]
@@ -96,17 +101,14 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
         if user is None:
             break
         if user.target is NORM and NORM_STEP in absorbs and len(steps) == 1:
-            first = next(iter(user.users), None)
-            parts = [*user.args[1:5]]
-            if user.args[0] is not last or len(user.users) != 1 or first is None:
+            norm = batch_norm_after(editor, anchor)
+            if norm is None:
                 break
-            if first.args[1] != 0 or not all(map(editor.constant, parts)):
-                break
-            norm, last = user, first
+            last = next(iter(norm.users))
             steps.append("batch_norm")
         elif user.target is aten.add.Tensor and ADD_STEP in absorbs and residual is None:
             other = next((a for a in user.args if a is not last), None)
-            if user.kwargs or not is_dequantize(other) or why_not_int8(editor, other):
+            if user.kwargs or not is_dequantize(other) or why_not_int8(editor, other, shifted):
                 break
             if other.meta["val"].shape != last.meta["val"].shape:
                 break
@@ -122,25 +124,58 @@ def find_pattern(editor: Editor, anchor: Node, absorbs: tuple[str, ...]) -> Patt
         nodes.append(last)
     users = list(last.users)
     quantize = users[0] if len(users) == 1 and qdq_ops.is_quantize(users[0]) else None
-    if quantize is not None and (quantize.meta.get("keep") or why_not_int8(editor, quantize)):
+    if quantize is not None and why_not_int8(editor, quantize, shifted):
         quantize = None
     return Pattern(anchor, norm, residual, activation, last, quantize, tuple(steps), tuple(nodes))
 
 
-def why_not_int8(editor: Editor, node: Node) -> str:
-    """Returns why a Q or DQ node is none that the kernels take: signed, symmetric, one static step."""
+def batch_norm_after(editor: Editor, node: Node) -> Node | None:
+    """Returns the batch norm that alone reads a layer's result, with constants that are known now."""
+    norm = next(iter(node.users)) if len(node.users) == 1 else None
+    if norm is None or norm.target is not NORM or norm.args[0] is not node:
+        return None
+    results = list(norm.users)
+    if (
+        len(results) != 1
+        or results[0].args[1] != 0
+        or not all(map(editor.constant, norm.args[1:5]))
+    ):
+        return None
+    return norm
+
+
+def is_quantized_constant(editor: Editor, node: Any) -> bool:
+    """Whether a node is a DQ node of constant integers on a symmetric grid."""
+    if not is_dequantize(node) or not editor.constant(node) or node.meta.get("keep"):
+        return False
     x = quantization_of(node)
-    if not isinstance(x.format, QuantSpec) or x.format.dtype != torch.int8:
-        return f"{x.name}: {x.format} is no signed integer grid of at most 8 bits"
-    if x.zero_point is not None:
+    return isinstance(x.format, QuantSpec) and x.zero_point is None
+
+
+def why_not_int8(editor: Editor, node: Node, shifted: bool = False) -> str:
+    """Returns why a Q or DQ node is none that the kernels take: at most 8 bits, one static step.
+
+    Args:
+        editor: the program.
+        node: the node.
+        shifted: whether an unsigned grid or a zero point is taken.
+    """
+    x = quantization_of(node)
+    if not isinstance(x.format, QuantSpec) or x.format.num_bits > 8:
+        return f"{x.name}: {x.format} is no integer grid of at most 8 bits"
+    if not shifted and x.format.dtype != torch.int8:
+        return f"{x.name} is of {x.format.dtype}"
+    if not shifted and x.zero_point is not None:
         return f"{x.name} has a zero point"
+    if not editor.constant(x.zero_point):
+        return f"{x.name} has a zero point computed at run time"
     if x.format.rounding != "half_even":
         return f"{x.name} rounds by {x.format.rounding}"
     if node.meta.get("keep"):
         return f"edge {x.name} is kept"
     if not editor.constant(x.scale):
         return f"{x.name} has a scale computed at run time"
-    if x.scale.meta["val"].numel() != 1:
+    if any(v is not None and v.meta["val"].numel() != 1 for v in (x.scale, x.zero_point)):
         return f"{x.name} has a scale per {qdq_ops.granularity_of(*_shapes(x))}, not per tensor"
     floats: Any = node if is_dequantize(node) else node.args[0]
     if floats.meta["val"].dtype != torch.float32:
@@ -148,22 +183,43 @@ def why_not_int8(editor: Editor, node: Node) -> str:
     return ""
 
 
-def integer_input(editor: Editor, node: Any) -> Quantization:
+def integer_input(editor: Editor, node: Any, shifted: bool = False) -> Quantization:
     """Returns what a DQ node says of an activation in int8.
+
+    Args:
+        editor: the program.
+        node: the layer's input.
+        shifted: whether an unsigned grid or a zero point will do.
 
     Raises:
         NotLowered: it is no DQ node, or none that the kernels take.
     """
     if not is_dequantize(node):
         raise NotLowered(f"its input {getattr(node, 'name', node)} is not quantized")
-    reason = why_not_int8(editor, node)
+    reason = why_not_int8(editor, node, shifted)
     if reason:
         raise NotLowered(reason)
     return quantization_of(node)
 
 
-def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
+def shifted_zero(editor: Editor, x: Quantization) -> int:
+    """Returns the integer that means 0.0, less 128 for uint8: as the kernels count.
+
+    Example: for a grid of uint8 with zero point 3 it is -125, for one of int8 without any it is 0.
+    """
+    zero = 0 if x.zero_point is None else int(editor.value(x.zero_point))
+    return zero - shift_of(x.format)
+
+
+def shift_of(spec: Any) -> int:
+    """Returns what the kernels take off the integers of a grid: 128 where they are stored as uint8."""
+    return int8_ops.SHIFT if spec.dtype == torch.uint8 else 0
+
+
+def integer_weight(editor: Editor, node: Any, axis: int = 0, groups: int = 1) -> Integers:
     """Returns a constant weight in int8 with a step per output channel, which `axis` counts.
+
+    In several groups `axis` counts the channels of one, and the DQ node has an axis of groups before.
 
     Raises:
         NotLowered: it is not quantized so.
@@ -179,7 +235,12 @@ def integer_weight(editor: Editor, node: Any, axis: int = 0) -> Integers:
     if w.zero_point is not None or node.meta.get("keep"):
         raise NotLowered(f"{w.name} has a zero point, or is an edge that is kept")
     scale = editor.value(w.scale).float()
-    if scale.numel() != 1 and not scale.numel() == scale.shape[axis] == shape[axis]:
+    if groups == 1:
+        per_channel = scale.numel() != 1 and scale.numel() == scale.shape[axis] == shape[axis]
+    else:
+        each = [shape[axis] if a == axis else 1 for a in range(len(shape))]
+        per_channel = list(scale.shape) == [groups, *each]
+    if scale.numel() != 1 and not per_channel:
         raise NotLowered(
             f"{w.name} has a scale per {qdq_ops.granularity_of(*_shapes(w))}, not per output channel"
         )

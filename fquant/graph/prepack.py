@@ -13,6 +13,7 @@ from fquant.graph import int8_ops
 from fquant.graph.editor import Editor
 
 _DENSE = (int8_ops.linear_int8, int8_ops.conv_int8, int8_ops.conv_transpose_int8)
+_IN_GROUPS = (int8_ops.conv_int8, int8_ops.conv_transpose_int8)
 _SPARSE = torch.ops.fquant.sparse_conv_int8.default
 
 
@@ -37,8 +38,11 @@ def prepack(program: ExportedProgram, isa: str | None = None) -> ExportedProgram
 
 
 def _pack(editor: Editor, node: Node, isa: str | None) -> None:
-    x, weight, *rest = node.args
-    grouped = node.target is int8_ops.conv_int8 and rest[-1] != 1
+    dense = node.target is not _SPARSE
+    x, *rest = node.args
+    zero = [rest.pop(0)] if dense else []
+    weight = rest.pop(0)
+    grouped = node.target in _IN_GROUPS and rest[-1] != 1
     if grouped or not editor.constant(weight):
         return
     value: Tensor = editor.value(weight)
@@ -49,6 +53,6 @@ def _pack(editor: Editor, node: Node, isa: str | None) -> None:
     stored = editor.add_state(f"packed.{weight.name}", packed)  # type: ignore[union-attr]
     arguments: tuple[Any, ...] = (x, stored, shape, name, *rest)
     target: Any = torch.ops.fquant.sparse_conv_int8_packed.default
-    if node.target is not _SPARSE:
-        target, arguments = node.target, (x, stored, rest[0], name, *rest[2:])
+    if dense:
+        target, arguments = node.target, (x, *zero, stored, rest[0], name, *rest[2:])
     editor.replace(node, editor.call(target, *arguments, before=node))

@@ -20,6 +20,7 @@ compute `round(x * (1 / scale))`, which is another integer next to ties (`to_qua
 
 import functools
 import json
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,16 @@ def quantization_of(node: Node) -> Quantization:
     """Returns the arguments of a Q or DQ node."""
     x, scale, zero_point, text, *rest = node.args
     return Quantization(x, scale, zero_point, format_from_text(text), rest[-1])  # type: ignore[arg-type]
+
+
+def state_name(quantizer: str) -> str:
+    """Returns the name of a quantizer as a part of a name in a program's state.
+
+    Example:
+        >>> state_name("blocks.0/conv2d#0.weight")
+        'blocks_0_conv2d_0_weight'
+    """
+    return re.sub(r"\W", "_", quantizer)
 
 
 def granularity_of(scale: Any, shape: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node, map_arg
 
 from fquant.graph import int8_ops, qdq_ops
@@ -60,11 +61,19 @@ def tidy(editor: Editor) -> None:
 def same_grid(editor: Editor, a: Node, b: Node) -> bool:
     """Whether two Q or DQ nodes have one format and equal steps, known now."""
     x, y = quantization_of(a), quantization_of(b)
-    if x.format != y.format or x.zero_point is not None or y.zero_point is not None:
+    if x.format != y.format or (x.zero_point is None) != (y.zero_point is None):
         return False
-    if not (editor.constant(x.scale) and editor.constant(y.scale)):
-        return False
-    first, second = editor.value(x.scale), editor.value(y.scale)
+    return all(
+        editor.constant(first)
+        and editor.constant(second)
+        and _equal(editor.value(first), editor.value(second))
+        for first, second in ((x.scale, y.scale), (x.zero_point, y.zero_point))
+    )
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
     return first.shape == second.shape and torch.equal(first, second)
 
 
@@ -150,8 +159,11 @@ def cancel(editor: Editor) -> None:
 def _movable(editor: Editor, node: Node) -> bool:
     """Whether a Q or DQ node has one static step, so that it does not matter where elements are."""
     x = quantization_of(node)
-    static = editor.constant(x.scale) and x.scale.meta["val"].numel() == 1
-    return static and x.zero_point is None and not node.meta.get("keep")
+    static = all(
+        v is None or (editor.constant(v) and v.meta["val"].numel() == 1)
+        for v in (x.scale, x.zero_point)
+    )
+    return static and not node.meta.get("keep")
 
 
 def per_axis(value: Any, axes: int) -> list[int]:

@@ -1,57 +1,15 @@
 """Lowering: integer layers that agree with the Q/DQ graph, site by site, and a report."""
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fquant as fq
-from fquant.graph import DEFAULT_TABLE, dynamic_rows, int8_ops, site_integers
-from fquant.sparse import SparseTensor, sparse_conv, subm_conv
+from fquant.graph import DEFAULT_TABLE, site_integers
 from fquant.testing.models import EXAMPLES
-
-SUMS = fq.OpRule(ops=("add",), inputs=fq.QuantSpec(), output=fq.QuantSpec())
-JOINS = fq.OpRule(ops=("cat", "max_pool2d"), inputs=fq.QuantSpec())
-SITES = fq.OpRule(ops=("site",), output=fq.QuantSpec())
-EXTRA = {"residual": [SUMS], "unet": [JOINS]}
-
-
-def exported(model, args, rules=None, batches=None, **options):
-    model = model.eval()
-    params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    params = {n: p.detach() for n, p in params.items()}
-    plan = fq.make_plan(model, rules or fq.w8a8(), args)
-    stats = fq.calibrate_model(model, plan, params, batches or [args], progress=False)
-    qstate = fq.finalize(plan, stats)
-    return fq.export_qdq(model, plan, params, qstate, args, **options)
-
-
-def zoo(name):
-    model, inputs = EXAMPLES[name].model().float(), EXAMPLES[name].inputs()
-    inputs = tuple(x.float() for x in inputs)
-    if name == "sparse":
-        model.cells = model.cells.with_features(model.cells.features.float())
-    return exported(model, inputs, [*EXTRA.get(name, []), *fq.w8a8()]), inputs
-
-
-def agreement(program, lowered, *args):
-    """The share of integers that are equal, over all sites that both have; none two steps apart."""
-    before, after = site_integers(program, *args), site_integers(lowered, *args)
-    equal = total = 0
-    for name, q in after.items():
-        assert q.shape == before[name].shape, name
-        steps = (q.int() - before[name].int()).abs()
-        assert steps.max() <= 1, name
-        equal, total = equal + (steps == 0).sum().item(), total + q.numel()
-    return equal / total, set(after)
-
-
-def kernels(report):
-    return [layer.kernel for layer in report.layers]
-
+from tests.graph.programs import Layer, Mark, agreement, exported, kernels, layers, zoo
 
 LOWERED = {
     "residual": {"conv_int8": 3, "add_int8": 2, "linear_int8": 1},
@@ -59,7 +17,7 @@ LOWERED = {
     "attention": {"linear_int8": 2},
     "recurrent": {"linear_int8": 10},
     "tied": {"linear_int8": 3},
-    "unet": {"conv_int8": 1, "conv_transpose_int8": 1},
+    "unet": {"conv_int8": 1, "conv_transpose_int8": 2},
     "sparse": {"sparse_conv_int8": 2},
 }
 
@@ -88,71 +46,30 @@ def test_the_zoo_agrees_at_every_site(name, tmp_path):
         assert torch.equal(module(*inputs), y)
 
 
-def dense(kind, cin, cout, kernel, groups, **options):
-    return getattr(nn, kind)(cin, cout, kernel, groups=groups, **options)
+QUICK = [phase for phase in Phase if phase is not Phase.explain]
+RANGES = [
+    fq.Quantizer(),
+    fq.Quantizer(fq.QuantSpec(unsigned=True)),
+    fq.Quantizer(fq.QuantSpec(unsigned=True), symmetric=False),
+    fq.Quantizer(symmetric=False),
+    fq.Quantizer(fq.QuantSpec(5, unsigned=True), symmetric=False),
+]
 
 
-@st.composite
-def layers(draw):
-    """A convolution of some kind with what may follow it, and an input that fits."""
-    axes = draw(st.integers(1, 3))
-    kind = draw(st.sampled_from(["Conv", "ConvTranspose"])) + f"{axes}d"
-    groups = draw(st.sampled_from([1, 1, 2])) if kind.startswith("Conv") else 1
-    groups = 1 if kind.startswith("ConvT") else groups
-    options = {
-        name: draw(st.integers(low, 2))
-        for name, low in (("stride", 1), ("padding", 0), ("dilation", 1))
-    }
-    kernel = draw(st.integers(1, 3))
-    options["padding"] = min(options["padding"], options["dilation"] * (kernel - 1))
-    if kind.startswith("ConvT"):
-        options["output_padding"] = draw(st.integers(0, max(options["stride"], 1) - 1))
-    cin, cout = (groups * draw(st.integers(1, 5)) for _ in range(2))
-    conv = dense(kind, cin, cout, kernel, groups, bias=draw(st.booleans()), **options)
-    follow = draw(st.sampled_from(["none", "relu", "norm", "norm+relu6", "clamp", "pool"]))
-    size = draw(st.integers(5, 8))
-    return conv, follow, torch.randn(draw(st.integers(1, 3)), cin, *[size] * axes)
-
-
-class Layer(nn.Module):
-    """A convolution between two marked sites."""
-
-    def __init__(self, conv, follow, axes):
-        super().__init__()
-        self.conv, self.follow, self.axes = conv, follow, axes
-        norm = getattr(nn, f"BatchNorm{axes}d")(conv.out_channels)
-        with torch.no_grad():
-            norm.weight.uniform_(-1, 1)
-            norm.bias.normal_()
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-        self.norm = norm
-
-    def forward(self, x):
-        y = self.conv(x)
-        if "norm" in self.follow:
-            y = self.norm(y)
-        if self.follow == "pool":
-            y = getattr(nn.functional, f"max_pool{self.axes}d")(y, 2, 1).relu()
-        if "relu6" in self.follow:
-            y = nn.functional.relu6(y)
-        elif "relu" in self.follow:
-            y = y.relu()
-        if self.follow == "clamp":
-            y = y.clamp(-0.3, 0.2)
-        if self.follow == "none":
-            y = y.flatten(1)
-        return fq.site("y", y)
-
-
-@settings(max_examples=6)
-@given(layers())
-def test_one_convolution_of_any_kind(case):
+@settings(max_examples=12, phases=QUICK)
+@given(layers(), st.sampled_from(RANGES), st.sampled_from(RANGES))
+def test_one_convolution_of_any_kind_and_range(case, inputs, output):
     conv, follow, x = case
-    program = exported(Layer(conv, follow, x.ndim - 2), (x,), [SITES, *fq.w8a8()])
+    groups_transposed = "Transpose" in type(conv).__name__ and conv.groups > 1
+    weight = fq.Quantizer(
+        fq.QuantSpec(narrow_range=True), "tensor" if groups_transposed else "channel"
+    )
+    x = x.abs() - 0.25 if inputs.spec.unsigned else x
+    rules = [fq.OpRule(ops=("site",), output=output), fq.OpRule(weight=weight, inputs=inputs)]
+    program = exported(Layer(conv, follow, x.ndim - 2), (x,), rules)
     lowered, report = fq.lower(program)
-    assert report.layers[0].kernel, report
-    assert "y#0.output" not in [r.reason for r in report.layers]
+    assert report.layers[0].kernel not in ("", "weight_only"), report
+    assert report.layers[0].reason == ""
     share, sites = agreement(program, lowered, x)
     assert "y#0.output" in sites
     assert share > 0.99
@@ -179,72 +96,33 @@ def test_a_clipped_output_stays_on_its_grid(bits, narrow):
     assert agreement(program, lowered, x)[0] > 0.99
 
 
-class Mark(nn.Module):
-    def forward(self, x):
-        return fq.site("mark", x)
+def test_sums_and_residuals_of_unsigned_values_with_zero_points():
+    """A residual of a convolution, a sum of two layers, and a pool, all on asymmetric grids."""
 
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv1d(4, 4, 3, padding=1) for _ in range(3))
 
-class SparseResidual(nn.Module):
-    """Two convolutions and a residual that is quantized, ReLU, down and up again, joined."""
+        def forward(self, x):
+            y = self.a(x) + fq.site("skip", x)
+            z = self.b(y.relu())
+            joined = torch.nn.functional.max_pool1d(z + y, 2)
+            return fq.site("end", self.c(joined.relu()))
 
-    def __init__(self):
-        super().__init__()
-        shapes = [(6, 3, 3, 6), (6, 3, 3, 6), (8, 2, 2, 6), (6, 2, 2, 8), (5, 1, 1, 12)]
-        self.w = nn.ParameterList(torch.randn(s) / 6 for s in shapes)
-        self.norm = nn.BatchNorm1d(6)
-        with torch.no_grad():
-            self.norm.weight.uniform_(-1, 1)
-            self.norm.running_mean.normal_()
-
-    def forward(self, x, maps):
-        y = subm_conv(x, self.w[0], kernel_map=maps["fine"]).map(torch.relu)
-        y = subm_conv(y, self.w[1], kernel_map=maps["fine"])
-        y = y.with_features((self.norm(y.features) + fq.site("skip", x.features)).relu())
-        z = sparse_conv(y, self.w[2], torch.ones(8), kernel_map=maps["down"]).map(torch.relu)
-        z = sparse_conv(z, self.w[3], kernel_map=maps["up"]).map(torch.relu)
-        both = y.with_features(torch.cat([z.features, y.features], dim=1))
-        return subm_conv(both, self.w[4], kernel_map=maps["point"])
-
-
-def scene(seed, density):
-    g = torch.Generator().manual_seed(seed)
-    cells = SparseTensor.from_dense((torch.rand(2, 1, 12, 12, generator=g) < density).float())
-    x = cells.with_features(torch.randn(len(cells.coords), 6, generator=g))
-    down = fq.sparse.conv_map(x, 2, 2)
-    return x, {
-        "fine": fq.sparse.subm_map(x, 3),
-        "down": down,
-        "up": fq.sparse.transpose_map(down),
-        "point": fq.sparse.subm_map(x, 1),
-    }
-
-
-def test_a_sparse_network_with_a_residual_runs_in_integers():
-    args = scene(0, 0.5)
-    program = exported(
-        SparseResidual(), args, [SITES, *fq.w8a8()], dynamic_shapes=dynamic_rows(args)
-    )
-    lowered, report = fq.lower(program)
-    assert kernels(report) == ["sparse_conv_int8"] * 5
-    assert [layer.operation for layer in report.layers] == [
-        "sparse_conv+relu",
-        "sparse_conv+batch_norm+add+relu",
-        "sparse_conv+relu",
-        "sparse_conv+relu",
-        "sparse_conv",
+    ranged = fq.Quantizer(fq.QuantSpec(unsigned=True), symmetric=False)
+    rules = [
+        fq.OpRule(ops=("site",), output=ranged),
+        fq.OpRule(weight=fq.QuantSpec(axis=0, narrow_range=True), inputs=ranged),
     ]
-    compiled = torch.compile(
-        lowered.module(check_guards=False), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for args in (scene(1, 0.3), scene(2, 0.7)):
-        share, sites = agreement(program, lowered, *args)
-        assert share > 0.999
-        assert len(sites) >= 5
-        y = lowered.module()(*args)
-        for run in (compiled, fq.prepack(lowered).module()):
-            assert torch.equal(run(*args).features, y.features)
-    targets = [n.target for n in lowered.graph.nodes]
-    assert torch.ops.fquant.sparse_conv.default not in targets
+    x = torch.randn(3, 4, 10)
+    program = exported(Net(), (x,), rules)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["conv_int8"] * 3 + [""] * (len(kernels(report)) - 3)
+    assert report.layers[0].operation == "conv1d+add"
+    share, sites = agreement(program, lowered, x)
+    assert share > 0.98
+    assert "end#0.output" in sites
 
 
 def test_what_has_several_scales_stays_float_until_it_is_rounded():
@@ -281,72 +159,6 @@ def test_kept_edges_stay_as_they_are():
         fq.lower(program, edges={"nothing": "keep"})
     with pytest.raises(ValueError, match=r"lower: edges must be 'merge' or 'keep', got 'drop'"):
         fq.lower(program, edges={".*": "drop"})
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_weight_only_layers_store_integers(bits):
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 7), nn.Flatten(0, 1))
-    tokens = torch.arange(6).reshape(2, 3)
-    rules = [fq.OpRule(weight=fq.QuantSpec(bits, narrow_range=True))]
-    program = exported(model, (tokens,), rules)
-    lowered, report = fq.lower(program)
-    assert kernels(report) == ["weight_only"] * 2
-    assert torch.equal(lowered.module()(tokens), program.module()(tokens))
-    sizes = [
-        t.numel() * t.element_size() for n, t in lowered.state_dict.items() if "scale" not in n
-    ]
-    weights = (10 * 8 + 8 * 7) * bits // 8
-    assert sum(sizes) == weights + 7 * 4  # and the bias
-    assert not any(n.startswith("params.") and "weight" in n for n in lowered.state_dict)
-
-
-def test_reasons_are_given():
-    x = torch.randn(3, 4)
-    unsigned = exported(nn.Linear(4, 2), (x,), [fq.OpRule(inputs=fq.QuantSpec(unsigned=True))])
-    assert "is no signed integer grid" in fq.lower(unsigned).report.layers[0].reason
-    dynamic = exported(nn.Linear(4, 2), (x,), fq.w8a8(dynamic=True))
-    report = fq.lower(dynamic).report
-    assert kernels(report) == ["weight_only"]
-    double = exported(nn.Linear(4, 2).double(), (x.double(),))
-    assert kernels(fq.lower(double).report) == ["weight_only"]
-    table = fq.lower(double, table=()).report
-    assert table.layers[0].reason == "the table has no lowering for linear"
-    assert "float" in str(table)
-    assert "linear" in str(table)
-
-
-GEOMETRIES = list(itertools.product([1, 2], [0, 1], [1, 2]))
-
-
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_dense_kernel_maps_are_those_of_the_grid(axes):
-    sizes = [4, 5, 3][:axes]
-    cells = SparseTensor.from_dense(torch.ones(2, 1, *sizes))
-    for stride, padding, dilation in GEOMETRIES:
-        geometry = [[v] * axes for v in (2, stride, padding, dilation)]
-        dense_map = int8_ops.dense_neighbors(2, sizes, *geometry, torch.device("cpu"))
-        kernel_map = fq.sparse.conv_map(cells, 2, stride, padding, dilation)
-        if dense_map.shape == kernel_map.neighbors.shape:  # no window of padding alone
-            assert torch.equal(dense_map, kernel_map.neighbors)
-        extra = [stride - 1] * axes
-        up = int8_ops.transposed_neighbors(2, sizes, *geometry, extra, torch.device("cpu"))
-        sparse_up = fq.sparse.transposed_conv_map(cells, 2, stride, padding, dilation, extra)
-        if up.shape == sparse_up.neighbors.shape:
-            assert torch.equal(up, sparse_up.neighbors)
-
-
-@given(st.data())
-@settings(max_examples=30)
-def test_integer_pools_are_torchs(data):
-    axes = data.draw(st.integers(1, 3))
-    kernel, stride, dilation = (data.draw(st.integers(1, 3)) for _ in range(3))
-    padding = data.draw(st.integers(0, kernel // 2))
-    size = dilation * (kernel - 1) + 1 + data.draw(st.integers(0, 4))
-    x = torch.randint(-128, 128, (2, 3, *[size] * axes), dtype=torch.int8)
-    geometry = [[v] * axes for v in (kernel, stride, padding, dilation)]
-    y = int8_ops.max_pool_int8(x, *geometry)
-    pool = getattr(nn.functional, f"max_pool{axes}d")
-    assert torch.equal(y.float(), pool(x.float(), kernel, stride, padding, dilation))
 
 
 def test_the_table_is_an_argument():

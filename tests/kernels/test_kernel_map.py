@@ -300,7 +300,9 @@ def test_both_ends_of_the_last_axis(side: int, dilation: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 0), (3, 1, 3), (5, 2, 0), (4, 2, 4)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 0), (3, 1, 3), (5, 2, 0), (4, 2, 4)]
+)
 def test_inputs_at_both_ends_of_a_grid_reach_beyond_its_outputs(
     kernel: int, stride: int, padding: int
 ) -> None:

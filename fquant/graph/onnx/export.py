@@ -18,6 +18,8 @@ from fquant.optional import require_package
 from fquant.serialization.atomic import replacing
 from fquant.spec import QuantSpec
 
+OPSET = 21
+
 
 def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     """Writes a program of `export_qdq` as ONNX, opset 21, with QuantizeLinear and DequantizeLinear.
@@ -66,7 +68,7 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     exported = torch.onnx.export(
         program,
         dynamo=True,
-        opset_version=21,
+        opset_version=OPSET,
         optimize=False,
         verbose=False,
         custom_translation_table={**qdq_translations(inside), **sparse_translations()},
@@ -75,6 +77,7 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     _type_codes(exported.model)
     exported.optimize()
     _drop_traces(exported.model)
+    _drop_what_follows(exported.model)
     define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
     exported.model.producer_name = "fquant"
     onnx.checker.check_model(exported.model_proto, full_check=True)
@@ -94,6 +97,27 @@ def _drop_traces(model: Any) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def _drop_what_follows(model: Any) -> None:
+    """Takes out what readers work out by themselves: inner shapes, and attributes at their default."""
+    onnx = require_package("onnx", "fquant.to_onnx", "onnx")
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+        if node.domain or not onnx.defs.has(node.op_type, OPSET):
+            continue
+        known = onnx.defs.get_schema(node.op_type, OPSET).attributes
+        for name, attribute in list(node.attributes.items()):
+            default = known[name].default_value if name in known else None
+            if default is not None and default.type and _value_of(default) == attribute.value:
+                del node.attributes[name]
+
+
+def _value_of(attribute: Any) -> Any:
+    value = require_package("onnx", "fquant.to_onnx", "onnx").helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _require_expressible(program: ExportedProgram) -> set[str]:

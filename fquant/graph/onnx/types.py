@@ -49,4 +49,4 @@ def onnx_type_of(spec: Format) -> OnnxType:
         name = _FLOATS.get((spec.exp, spec.man, spec.exponent_bias, spec.finite))
         if name is not None:
             return OnnxType(types[name], True)
-    raise ValueError(f"to_onnx: a format must be one that ONNX has, got {spec}.")
+    raise ValueError(f"to_onnx: a format must be one that ONNX has in opset 21, got {spec}.")

@@ -1,0 +1,96 @@
+"""What stays in floating point: weights as integers, and the reasons in the report."""
+
+import pytest
+import torch
+from torch import nn
+
+import fquant as fq
+from fquant.graph import DEFAULT_TABLE
+from tests.graph.programs import exported, kernels, scene
+from tests.graph.test_lowering_sparse import SparseResidual
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weight_only_layers_store_integers(bits):
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 7), nn.Flatten(0, 1))
+    tokens = torch.arange(6).reshape(2, 3)
+    rules = [fq.OpRule(weight=fq.QuantSpec(bits, narrow_range=True))]
+    program = exported(model, (tokens,), rules)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["weight_only"] * 2
+    assert torch.equal(lowered.module()(tokens), program.module()(tokens))
+    sizes = [
+        t.numel() * t.element_size() for n, t in lowered.state_dict.items() if "scale" not in n
+    ]
+    weights = (10 * 8 + 8 * 7) * bits // 8
+    assert sum(sizes) == weights + 7 * 4  # and the bias
+    assert not any(n.startswith("params.") and "weight" in n for n in lowered.state_dict)
+
+
+def test_reasons_are_given():
+    x = torch.randn(3, 4)
+
+    def report(rules, dtype=torch.float32, **options):
+        program = exported(nn.Linear(4, 2).to(dtype), (x.to(dtype),), rules)
+        return fq.lower(program, **options).report
+
+    def reason(rules, **options):
+        return report(rules, **options).layers[0].reason
+
+    weight = fq.QuantSpec(axis=0, narrow_range=True)
+    wide = [fq.OpRule(inputs=fq.QuantSpec(12), weight=weight)]
+    assert kernels(report(wide)) == ["weight_only"]
+    table = DEFAULT_TABLE[:1]
+    assert "is no integer grid of at most 8 bits" in reason(wide, table=table)
+    per_channel = [fq.OpRule(inputs=fq.QuantSpec(axis=1), weight=weight)]
+    assert "has a scale per axis 1, not per tensor" in reason(per_channel, table=table)
+    asymmetric = [fq.OpRule(inputs=fq.QuantSpec(), weight=fq.Quantizer(symmetric=False))]
+    assert "has a zero point" in reason(asymmetric, table=table)
+    assert kernels(report(fq.w8a8(), torch.float64)) == ["weight_only"]
+    nothing = report(fq.w8a8(), table=())
+    assert nothing.layers[0].reason == "the table has no lowering for linear"
+    assert "float" in str(nothing)
+    assert "linear" in str(nothing)
+
+
+class Products(nn.Module):
+    def forward(self, x):
+        return x @ x.transpose(-1, -2)
+
+
+def test_products_of_activations_stay_float():
+    x = torch.randn(2, 3, 4)
+    program = exported(Products(), (x,), [fq.OpRule(ops=("matmul",), inputs=fq.QuantSpec())])
+    lowered, report = fq.lower(program)
+    assert report.layers[0].reason.startswith("a product of two activations has no int8 kernel")
+    assert torch.equal(lowered.module()(x), program.module()(x))
+
+
+def test_sparse_layers_take_no_zero_points():
+    """Absent cells hold 0, which is no integer that a kernel skips where it has a zero point."""
+    args = scene(0, 0.5)
+    signed = fq.Quantizer(symmetric=False)
+    for inputs, why in ((fq.QuantSpec(unsigned=True), "is of torch.uint8"), (signed, "has a zero")):
+        rules = [fq.OpRule(ops=("sparse_conv",), inputs=inputs, weight=fq.QuantSpec())]
+        program = exported(SparseResidual(), args, rules)
+        lowered, report = fq.lower(program)
+        assert all(why in layer.reason for layer in report.layers)
+        assert torch.equal(lowered.module()(*args).features, program.module()(*args).features)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("unsigned", [True, False])
+@pytest.mark.parametrize("per", ["token", "tensor"])
+def test_ranges_of_the_moment_run_in_integers(symmetric, unsigned, per):
+    inputs = fq.Quantizer(fq.QuantSpec(unsigned=unsigned), per, dynamic=True, symmetric=symmetric)
+    rules = [fq.OpRule(weight=fq.QuantSpec(axis=0, narrow_range=True), inputs=inputs)]
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5, bias=False))
+    x = torch.randn(3, 7, 16)
+    program = exported(model, (x.abs() if unsigned else x,), rules)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["dynamic_int8"] * 2
+    y, expected = lowered.module()(x), program.module()(x)
+    # A step more or less of the second layer's input, where float sums fall next to a tie.
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert not any(n.target is torch.ops.aten.linear.default for n in lowered.graph.nodes)
+    assert torch.equal(fq.prepack(lowered).module()(x), y)
