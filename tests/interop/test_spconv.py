@@ -200,6 +200,25 @@ def test_a_plan_is_the_same_for_spconvs_modules_and_ours():
     assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())
 
 
+def test_quantized_weights_reach_spconvs_modules():
+    """Three bits of weights alone: far from float, and what the converted model gives."""
+    theirs, x = peer.SparseSequential(*list(their_unet())[:7]).eval(), scene(2)
+    ours, ops = convert_spconv(theirs), spconv_ops()
+    convs = ("subm_conv", "sparse_conv", "sparse_inverse_conv")
+    rules = [fq.OpRule(ops=convs, weight=fq.QuantSpec(3, axis=0))]
+    plan = fq.make_plan(theirs, rules, (to_spconv(x),), ops=ops, fake=False)
+    assert len(plan.sites) == 3
+    params = dict(theirs.state_dict())
+    stats = fq.calibrate_model(theirs, plan, params, [to_spconv(x)], ops=ops, progress=False)
+    scales = fq.finalize(plan, stats)
+    with torch.no_grad():
+        exact = by_key(theirs(to_spconv(x)))[1]
+        y = by_key(fq.fake_quant(theirs, plan, ops=ops)(params, scales, to_spconv(x)))[1]
+        z = by_key(fq.fake_quant(ours, plan)(params, scales, x))[1]
+    assert (y - exact).abs().max() > 0.1 * exact.abs().max()
+    assert torch.allclose(y, z, atol=1e-5)
+
+
 def test_converted_models_train_where_spconv_cannot():
     ours = convert_spconv(their_unet()).train()
     x = nn.with_maps(ours, scene(2))
