@@ -9,7 +9,17 @@ from torch import nn
 import fquant as fq
 from fquant.graph import DEFAULT_TABLE, site_integers
 from fquant.testing.models import EXAMPLES
-from tests.graph.programs import Layer, Mark, agreement, exported, kernels, layers, zoo
+from tests.graph.programs import (
+    SITES,
+    Layer,
+    Mark,
+    agreement,
+    dense,
+    exported,
+    kernels,
+    layers,
+    zoo,
+)
 
 LOWERED = {
     "residual": {"conv_int8": 3, "add_int8": 2, "linear_int8": 1},
@@ -94,6 +104,21 @@ def test_a_clipped_output_stays_on_its_grid(bits, narrow):
     q = site_integers(lowered, x)["1/mark#0.output"]
     assert (q.min(), q.max()) == (spec.q_min, spec.q_max)
     assert agreement(program, lowered, x)[0] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "ConvTranspose1d"])
+def test_groups_with_a_zero_point(kind):
+    conv = dense(kind, 4, 6, 3, 2, padding=1)
+    x = torch.rand(2, 4, 7) - 0.1
+    inputs = fq.Quantizer(fq.QuantSpec(unsigned=True), symmetric=False)
+    weight = fq.Quantizer(fq.QuantSpec(narrow_range=True), "channel")
+    program = exported(
+        Layer(conv, "relu", 1), (x,), [SITES, fq.OpRule(weight=weight, inputs=inputs)]
+    )
+    lowered, report = fq.lower(program)
+    assert report.layers[0].kernel.startswith("conv")
+    assert agreement(program, lowered, x)[0] > 0.99
+    assert torch.equal(fq.prepack(lowered).module()(x), lowered.module()(x))
 
 
 def test_sums_and_residuals_of_unsigned_values_with_zero_points():
