@@ -120,6 +120,9 @@ def test_ranges_of_the_presets(spec, largest, smallest_normal):
 
 
 def test_qpytorch_rounds_half_away():
+    for spec in (fq.QPYTORCH_E5M2, fq.QPYTORCH_FP16):
+        half = 1 + 2.0 ** -(spec.man + 1)
+        assert spec.snap(torch.tensor(half)).item() == 1 + 2.0**-spec.man
     assert fq.QPYTORCH_E4M3.snap(torch.tensor([2.0**-10, 2.0**-11])).tolist() == [2.0**-9, 0]
 
 
