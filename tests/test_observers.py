@@ -91,6 +91,12 @@ def test_min_max_are_the_extremes(values):
     assert observer.amax(state).item() == 3
 
 
+def test_an_empty_batch_is_not_averaged():
+    observer = fq.MovingAverageObserver(momentum=0.5)
+    state = after(observer, [torch.ones(2), torch.ones(0)])
+    assert (int(state.batches), observer.amax(state).item()) == (1, 1)
+
+
 @given(any_observer, batches)
 def test_asking_and_updating_change_nothing(observer, tensors):
     tensors = [torch.full((1, 3), 60.0), *tensors]
