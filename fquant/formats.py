@@ -208,9 +208,8 @@ class FloatFormat:
         if not self.subnormals:
             normal = bounded.abs() >= 2.0**self.lowest_exponent
             gap = torch.where(normal, gap, 2.0**self.lowest_exponent)
-        values = round_to_integer(bounded / gap, self.rounding, noise) * gap
-        # Stochastic rounding and `max` between two binades cannot leave the range; ceil of -0.3 is -0.
-        return values.clamp(self.q_min, self.q_max)
+        # In range for every rounding: within a binade the ends of the range are integers, too.
+        return round_to_integer(bounded / gap, self.rounding, noise) * gap
 
     def encode(self, values: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Returns the codes of grid values: sign, exponent and mantissa fields, NaN as in `finite`."""

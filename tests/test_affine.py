@@ -133,6 +133,17 @@ def test_zero_amax_gives_scale_one():
     assert fq.compute_scale(torch.tensor([0.0, 1e-40, 254.0])).tolist() == [1, 1, 2]
 
 
+def test_gradient_of_a_scale_with_a_zero_point():
+    for x, expected in ((300.0, 127 - 5), (-300.0, -128 - 5), (0.0, 0)):
+        gradient = torch.func.grad(lambda s, x=x: fq.fake_quantize(torch.tensor(x), s, 5))
+        assert gradient(torch.tensor(1.0)).item() == expected
+
+
+def test_amax_has_no_derivative():
+    gradient = torch.func.grad(lambda x: fq.compute_amax(x, 0).sum())(torch.ones(2, 3))
+    assert torch.equal(gradient, torch.zeros(2, 3))
+
+
 def test_zero_point_has_no_derivative():
     x, zero_point = torch.tensor([0.3, 300.0]), torch.tensor(5.0)
     gradient = torch.func.grad(lambda z: fq.fake_quantize(x, 1.0, z).sum())(zero_point)

@@ -113,6 +113,17 @@ def test_analytic_methods_on_data(bits):
     assert fq.aciq_amax(ON_GAUSS, unsigned) == fq.aciq_amax(ON_GAUSS, fq.QuantSpec(bits + 1))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_octav_splits_the_bin_that_holds_the_range(bits):
+    # Uniform values: s (c s + 1 - s) = (1 - s^2) / 2 with c = 4^-b / 3, whatever the bins are.
+    c = 4.0**-bits / 3
+    root = (-1 + (1 + 4 * (c - 0.5) / 2) ** 0.5) / (2 * (c - 0.5))
+    for bins in (1, 3, 64):
+        h = fq.Histogram(torch.full((bins,), 7), torch.tensor(1 / bins))
+        amax = fq.octav_amax(h, fq.QuantSpec(bits), iterations=500)
+        assert amax.item() == pytest.approx(root, rel=1e-3)
+
+
 def test_std_from_the_range_alone():
     expected = 9.0 * 0.175 * (1 + np.sqrt(np.pi * np.log(4))) / np.sqrt(2 * np.log(1e6))
     assert fq.gaussian_std_from_range(-4.5, 4.5, 10**6) == pytest.approx(expected)

@@ -120,6 +120,9 @@ def test_ranges_of_the_presets(spec, largest, smallest_normal):
 
 
 def test_qpytorch_rounds_half_away():
+    for spec in (fq.QPYTORCH_E5M2, fq.QPYTORCH_FP16):
+        half = 1 + 2.0 ** -(spec.man + 1)
+        assert spec.snap(torch.tensor(half)).item() == 1 + 2.0**-spec.man
     assert fq.QPYTORCH_E4M3.snap(torch.tensor([2.0**-10, 2.0**-11])).tolist() == [2.0**-9, 0]
 
 
@@ -171,6 +174,7 @@ def test_scaled_e4m3_of_pytorch_quantization():
     for amax, rows in ((None, E4M3_ROWS), (2.0, E4M3_SCALED_ROWS)):
         assert (fq.scaled_e4m3(x, amax) - torch.tensor(rows)).abs().max() < 1e-4
     assert fq.scaled_e4m3(torch.tensor([2.0**-25, 1.0]), 2.0**-30).tolist() == [0, 0]
+    assert fq.scaled_e4m3(torch.tensor([2.0**-25, 2.0**-23]), 2.0**-20).tolist() == [0, 2.0**-23]
     edge = torch.tensor([500.0, -448.0, 1.0])
     gradient = torch.func.grad(lambda x: fq.scaled_e4m3(x).sum())(edge)
     assert gradient.tolist() == [0, 1, 1]

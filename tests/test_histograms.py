@@ -41,6 +41,29 @@ def test_extreme_values_have_a_bin(dtype):
         )
 
 
+def test_tiny_values_end_up_in_the_first_bin():
+    observer = fq.HistogramObserver(num_bins=4)
+    state = observer.update(observer.init(), torch.tensor([2.0**-110, 2.0**-101]))
+    assert int(state.exponent) == -100
+    assert state.counts.tolist() == [1, 0, 1, 0]
+    state = observer.update(state, torch.tensor([1.0]))  # a shift by 101 bits, beyond int64's 63
+    assert state.counts.tolist() == [2, 0, 1, 0]
+
+
+def test_nothing_but_skipped_zeros_is_a_range_of_zero():
+    observer = fq.HistogramObserver(num_bins=4, skip_zeros=True)
+    assert observer.amax(observer.update(observer.init(), torch.zeros(3))).item() == 0
+
+
+def test_fixed_width_skips_zeros_and_merges_with_nothing():
+    observer = fq.FixedWidthHistogramObserver(num_bins=4, skip_zeros=True)
+    state = observer.update(observer.init(), torch.tensor([0.0, 1.0, 4.0]))
+    assert state.counts.tolist() == [0, 1, 0, 1]
+    for merged in (observer.merge(observer.init(), state), observer.merge(state, observer.init())):
+        assert merged.width == state.width
+        assert merged.counts.tolist() == state.counts.tolist()
+
+
 def test_nonfinite_values_are_counted_and_reported():
     observer = fq.HistogramObserver(axis=1, num_bins=4, percentile=100)
     x = torch.tensor([[1.0, NAN], [INF, 3.0], [-INF, 0.0]])

@@ -22,6 +22,15 @@ def test_lsq_has_the_values_of_fake_quantize(case):
     assert torch.equal(lsq, fq.fake_quantize(case.x, case.scale, spec=case.spec))
 
 
+def test_lsq_ends_of_the_range_are_inside():
+    def fake(x, scale):
+        return fq.fake_quantize_lsq(x, scale, gradient_scale=1.0)
+
+    for x in (63.5, -64.0):  # 127 and -128 steps
+        gradient = torch.func.grad(fake, (0, 1))(torch.tensor(x), torch.tensor(0.5))
+        assert [g.item() for g in gradient] == [1, 0]
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("axis", [None, 0])
 def test_lsq_gradients_are_equation_2_and_3(spec, axis):

@@ -83,6 +83,20 @@ def test_max_is_the_amax_of_everything(tensors):
         assert torch.equal(observer.amax(state), fq.compute_amax(everything, axis=1))
 
 
+@pytest.mark.parametrize("values", [[1.0, 3.0], [-3.0, -1.0], [-3.0, 2.0]])
+def test_min_max_are_the_extremes(values):
+    observer = fq.MinMaxObserver()
+    state = after(observer, [torch.tensor(values)])
+    assert [end.item() for end in observer.range(state)] == [min(values), max(values)]
+    assert observer.amax(state).item() == 3
+
+
+def test_an_empty_batch_is_not_averaged():
+    observer = fq.MovingAverageObserver(momentum=0.5)
+    state = after(observer, [torch.ones(2), torch.ones(0)])
+    assert (int(state.batches), observer.amax(state).item()) == (1, 1)
+
+
 @given(any_observer, batches)
 def test_asking_and_updating_change_nothing(observer, tensors):
     tensors = [torch.full((1, 3), 60.0), *tensors]

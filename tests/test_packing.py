@@ -49,6 +49,11 @@ def test_packing_golden_and_transforms():
         (lambda: fq.unpack(torch.ones(2)), TypeError, "unpack: x must be a PackedTensor"),
         (lambda: fq.pack(fq.quantize(torch.ones(2), 1.0)), ValueError, "at most 4 bits, got 8"),
         (
+            lambda: fq.pack(fq.quantize(torch.ones(2), 1.0, spec=fq.QuantSpec(5))),
+            ValueError,
+            "at most 4 bits, got 5",
+        ),
+        (
             lambda: fq.pack(fq.quantize(torch.ones(()), 1.0, spec=fq.QuantSpec(4))),
             ValueError,
             "at least one axis",

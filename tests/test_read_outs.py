@@ -105,6 +105,31 @@ def test_entropy_against_the_definition(unsigned, stride):
         assert amax.item() == book * 0.5
 
 
+def test_mse_tries_every_edge_from_the_first_bin_to_the_last():
+    # All values in the last bin: its end is best, and a clipped bin starts where amax is.
+    h = fq.Histogram(torch.tensor([0, 0, 0, 9]), torch.tensor(1.0))
+    assert fq.mse_amax(h, fq.QuantSpec(8)).item() == 4
+    # All values in the second: with one positive level, amax 1 or 2 err by 1/3 or by 1/3; the weight of
+    # clipping decides.
+    h = fq.Histogram(torch.tensor([0, 9, 0, 0]), torch.tensor(1.0))
+    spec = fq.QuantSpec(2, narrow_range=True)
+    assert fq.mse_amax(h, spec, clip_weight=0.5).item() == 1
+    assert fq.mse_amax(h, spec, clip_weight=2.0).item() == 2
+
+
+def test_sqnr_weighs_clipping_three_times():
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    h = histogram(x, 64)
+    spec = fq.QuantSpec(3)
+    assert fq.sqnr_amax(h, spec) == fq.mse_amax(h, spec, clip_weight=3.0) > fq.mse_amax(h, spec)
+
+
+def test_aciq_counts_the_spread_within_a_bin():
+    # One bin of width 1: E x^2 = 1 / 3 for values uniform in it.
+    amax = fq.aciq_amax(fq.Histogram(torch.tensor([6, 0]), torch.tensor(1.0)), fq.QuantSpec(4))
+    assert amax.item() == pytest.approx(fq.aciq_multiplier(4) / 3**0.5)
+
+
 def test_entropy_takes_the_last_of_equals():
     counts = torch.tensor([0, 9, 0, 0, 0, 0, 0, 0])
     counts[7] = 0

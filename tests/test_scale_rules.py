@@ -146,6 +146,7 @@ NVFP4 = fq.NVFP4
 
 
 def test_nvfp4_has_two_levels():
+    assert (NVFP4.axis, NVFP4.block) == (-1, 16)
     x = (
         torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
         * torch.logspace(-3, 3, 4)[:, None]

@@ -177,7 +177,9 @@ def _counts(rows: Tensor, num_bins: int, skip_zeros: bool) -> HistogramState:
 def _widened(state: HistogramState, exponent: Tensor) -> Tensor:
     """The counts on the wider range: bin i goes to bin `i >> (exponent - state.exponent)`."""
     counts = state.counts
-    if values_readable(exponent) and torch.equal(exponent, state.exponent):
+    if values_readable(exponent) and (
+        torch.equal(exponent, state.exponent) or not bool(counts.any())
+    ):
         return counts
     shift = (exponent - state.exponent).clamp(max=31).unsqueeze(-1)
     target = torch.arange(counts.shape[-1], device=counts.device) >> shift
