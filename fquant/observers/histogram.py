@@ -100,7 +100,9 @@ class HistogramObserver:
     def update(self, state: HistogramState, x: Tensor) -> HistogramState:
         require_state("HistogramObserver.update", state, HistogramState)
         require_floating("HistogramObserver.update", "x", x)
-        return self.merge(state, self._count(x.detach()), "update")
+        rows, shape = self._rows(x.detach())
+        counted = self._counted_in_range(state, rows, shape)
+        return self.merge(state, counted or self._counted(rows, shape), "update")
 
     def merge(
         self, a: HistogramState, b: HistogramState, function: str = "merge"
@@ -134,44 +136,66 @@ class HistogramObserver:
     def amax(self, state: HistogramState) -> Tensor:
         return read_amax(self.histogram(state), self)
 
-    def _count(self, x: Tensor) -> HistogramState:
+    def _rows(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Returns x as (groups, values), and the shape of the groups."""
         if self.axis is None:
-            rows, shape = x.reshape(1, -1), []
-        else:
-            parts = groups("HistogramObserver.update", x, self.axis)
-            kept = [a for a in range(parts.x.ndim) if a not in parts.reduced]
-            rows, shape = parts.x.permute(*kept, *parts.reduced), parts.shape
-        if x.numel() == 0:
-            exponent = torch.full(shape, LOWEST_EXPONENT, dtype=torch.int32, device=x.device)
-            zero = torch.zeros(shape, dtype=torch.int64, device=x.device)
-            empty = torch.zeros(*shape, self.num_bins, dtype=torch.int64, device=x.device)
-            return HistogramState(exponent, empty, zero, zero)
-        wide = rows.reshape(math.prod(shape), -1)
-        exponent, counts, num_zeros, num_nonfinite = _counts(wide, self.num_bins, self.skip_zeros)
+            return x.reshape(1, -1), []
+        parts = groups("HistogramObserver.update", x, self.axis)
+        kept = [a for a in range(parts.x.ndim) if a not in parts.reduced]
+        shape = list(parts.shape)
+        rows = parts.x.permute(*kept, *parts.reduced)
+        return rows.reshape(math.prod(shape), -1 if x.numel() > 0 else 0), shape
+
+    def _counted_in_range(
+        self, state: HistogramState, rows: Tensor, shape: list[int]
+    ) -> HistogramState | None:
+        """The state after x alone, on the range of `state`; None unless all of x is within it.
+
+        After the first batches this is the rule, and spares finding the range of x: 0.4 ms of 1.3
+        for a million values (Zen 3, one thread).
+        """
+        exponent = state.exponent
+        if not values_readable(rows, exponent) or list(exponent.shape) != shape:
+            return None
+        if rows.numel() == 0 or not bool((exponent > LOWEST_EXPONENT).all()):
+            return None
+        part = self._on_range(rows, exponent.flatten(), shape)
+        counted = int(part.counts.sum() + part.num_zeros.sum())
+        return part if counted == rows.numel() else None
+
+    def _counted(self, rows: Tensor, shape: list[int]) -> HistogramState:
+        """The state after x alone, on the smallest range that holds it."""
+        if rows.numel() == 0:
+            lowest = torch.full(shape, LOWEST_EXPONENT, dtype=torch.int32, device=rows.device)
+            zero = torch.zeros(shape, dtype=torch.int64, device=rows.device)
+            empty = torch.zeros(*shape, self.num_bins, dtype=torch.int64, device=rows.device)
+            return HistogramState(lowest, empty, zero, zero)
+        # A third of abs().amax() in time, 1 / 18 of aminmax(dim=1).
+        top = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).to(compute_dtype(rows))
+        num_nonfinite = None
+        if not values_readable(rows) or not bool(top.isfinite().all()):
+            finite = rows.isfinite()
+            num_nonfinite = (~finite).sum(dim=1).reshape(shape)
+            top = torch.where(finite, rows, 0.0).abs().amax(dim=1).to(compute_dtype(rows))
+        exponent = (exponent_of(top) + 1).clamp(min=LOWEST_EXPONENT)
+        part = self._on_range(rows, exponent, shape)
+        return part if num_nonfinite is None else part._replace(num_nonfinite=num_nonfinite)
+
+    def _on_range(self, rows: Tensor, exponent: Tensor, shape: list[int]) -> HistogramState:
+        """Counts of `|x| < 2^exponent` per row; what is beyond is not counted."""
+        per_unit = power_of_two(self.num_bins.bit_length() - 1 - exponent, compute_dtype(rows))
+        counts = abs_histogram(rows, per_unit, self.num_bins)
+        num_zeros = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        num_nonfinite = num_zeros.reshape(shape)
+        if self.skip_zeros:
+            num_zeros = (rows == 0).sum(dim=1)
+            counts = torch.cat([counts[:, :1] - num_zeros.unsqueeze(1), counts[:, 1:]], dim=1)
         return HistogramState(
             exponent.reshape(shape),
             counts.reshape(*shape, self.num_bins),
             num_zeros.reshape(shape),
-            num_nonfinite.reshape(shape),
+            num_nonfinite,
         )
-
-
-def _counts(rows: Tensor, num_bins: int, skip_zeros: bool) -> HistogramState:
-    """The state after the values of each row, (rows, values)."""
-    # A third of abs().amax() in time, 1 / 18 of aminmax(dim=1).
-    top = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).to(compute_dtype(rows))
-    num_zeros = num_nonfinite = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    if not values_readable(rows) or not bool(top.isfinite().all()):
-        finite = rows.isfinite()
-        num_nonfinite = (~finite).sum(dim=1)
-        top = torch.where(finite, rows, 0.0).abs().amax(dim=1).to(compute_dtype(rows))
-    exponent = (exponent_of(top) + 1).clamp(min=LOWEST_EXPONENT)
-    per_unit = power_of_two(num_bins.bit_length() - 1 - exponent, top.dtype)
-    counts = abs_histogram(rows, per_unit, num_bins)
-    if skip_zeros:
-        num_zeros = (rows == 0).sum(dim=1)
-        counts = torch.cat([counts[:, :1] - num_zeros.unsqueeze(1), counts[:, 1:]], dim=1)
-    return HistogramState(exponent, counts, num_zeros, num_nonfinite)
 
 
 def _widened(state: HistogramState, exponent: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ def test_what_is_in_no_bin_is_not_counted(backend):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_threads_do_not_change_counts(rows, monkeypatch):
-    # Parts of one row start at 2^18 values; 2^20 + 13 are up to four, of which the last is short.
-    x = relu_like(rows, (2**20 + 13) // rows, torch.float32)
+    # Parts of one row start at 2^21 values; 2^23 + 13 are up to four, of which the last is short.
+    x = relu_like(rows, (2**23 + 13) // rows, torch.float32)
     x[-1, -1] = 100.0
     arguments = (x, units(rows, torch.float32), 64)
     expected = reference.abs_histogram(*arguments)
