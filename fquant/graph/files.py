@@ -54,7 +54,10 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
 
 
 def _without_example_inputs(program: ExportedProgram) -> ExportedProgram:
-    module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    graph = copy.deepcopy(program.graph)
+    for node, original in zip(graph.nodes, program.graph.nodes, strict=True):
+        node.name = original.name  # the copy renames what is called as a builtin is: `input`
+    module = fx.GraphModule(program.graph_module, graph)
     return ExportedProgram(
         module,
         module.graph,

@@ -66,7 +66,7 @@ RANGES = [
 ]
 
 
-@settings(max_examples=12, phases=QUICK)
+@settings(max_examples=8, phases=QUICK)
 @given(layers(), st.sampled_from(RANGES), st.sampled_from(RANGES))
 def test_one_convolution_of_any_kind_and_range(case, inputs, output):
     conv, follow, x = case

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # 1,000 and more: FQUANT_TRITON_CASES=1000 python -m pytest tests/kernels/test_triton_interpreter.py
-CASES = int(os.environ.get("FQUANT_TRITON_CASES", "50"))
+CASES = int(os.environ.get("FQUANT_TRITON_CASES", "30"))
 
 
 @pytest.mark.parametrize("check", ["conv_int8", "kernel_map", "conv_half"])

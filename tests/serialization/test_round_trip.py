@@ -24,7 +24,6 @@ GRIDS = {
     },
     "QPyTorch": fq.QPYTORCH_E4M3,
     "NF4": fq.NF4,
-    "infinite codebook": fq.Codebook((-float("inf"), 0.0, float("inf"))),
     "int4 in blocks": fq.QuantSpec(4, **BLOCKED),
     "MX": fq.FloatFormat(4, 3, finite="fn", scale_rule="power_of_two_floor", **BLOCKED),
     "NVFP4": dataclasses.replace(fq.NVFP4, **BLOCKED),
