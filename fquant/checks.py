@@ -37,8 +37,12 @@ def require_floating(function: str, argument: str, value: object) -> None:
 
 def require_int(function: str, argument: str, value: object, low: int, high: int | None) -> None:
     """Raises ValueError unless `value` is an integer from `low` to `high` (None: without end)."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < low or (high is not None and value > high):  # type: ignore[operator]
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < low
+        or (high is not None and value > high)
+    ):
         end = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{function}: {argument} must be an integer {end}, got {value!r}.")
 

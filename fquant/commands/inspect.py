@@ -129,8 +129,8 @@ def _program(path: Path) -> None:
     archive = read_program_archive(path)
     rows = []
     for name, tensor in archive.tensors.items():
-        known = tensor.value is not None and "scale" in name
-        scale = _range(tensor.value) if known else ""  # type: ignore[arg-type]
+        value = tensor.value if "scale" in name else None
+        scale = "" if value is None else _range(value)
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         rows.append((name, "tensor", tensor.dtype, shape, size_text(tensor.nbytes), scale))
     print_table(_title(path, "program", len(rows)), TENSOR_HEADER, rows)

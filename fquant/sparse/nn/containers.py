@@ -80,10 +80,11 @@ class SparseBatchNorm(SparseModule, nn.BatchNorm1d):
     def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as spconv's
         if x.features.shape[0] == 0:
             return x
+        features: Any = x.features  # a QTensor too, which has a device as well
         for name in ("weight", "running_mean"):
             tensor = getattr(self, name)
             if tensor is not None:
-                require_same_device(type(self).__name__, name, tensor, x.features)  # type: ignore[arg-type]
+                require_same_device(type(self).__name__, name, tensor, features)
         return x.map(super().forward)
 
 
@@ -109,7 +110,7 @@ class SparseSyncBatchNorm(SparseBatchNorm):
         super().__init__(num_features, eps, momentum, affine, **factory)
         self.process_group = process_group
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as above
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]  # as spconv's
         alone = self.process_group is None and not torch.distributed.is_initialized()
         if alone or not self.training:
             return super().forward(x)

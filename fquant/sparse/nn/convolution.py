@@ -108,7 +108,7 @@ class _WithGeometry(SparseConvolution):
         )
 
     def _geometry(self, *sizes: tuple[int, ...]) -> Geometry:
-        """Of stride, padding and dilation."""
+        """Of stride, padding and dilation; each kind of convolution has its own."""
         raise NotImplementedError
 
     def forward(self, x: SparseTensor) -> SparseTensor:
