@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "conv_pack.h"
 #include "fquant_kernels.h"
 #include "isa.h"
 #include "parallel.h"
@@ -58,42 +59,21 @@ const ConvPath* float_path(int isa) {
   }
 }
 
-// Elements of the packed weights; see PackLayout.
-int64_t packed_size(const PackLayout& p, int64_t out_channels, int64_t taps, int64_t channels) {
-  const int64_t full = out_channels / kChunkChannels, rest = out_channels % kChunkChannels;
-  const int64_t columns = full * kChunkChannels + ceil_div(rest, p.lanes) * p.lanes;
-  return columns * taps * ceil_div(channels, p.group) * p.group;
-}
-
-template <class From, class To, int kGroup>
-void pack(const PackLayout& p, const From* weight, int64_t out_channels, int64_t taps,
-          int64_t channels, To* to) {
-  const int64_t steps = ceil_div(channels, kGroup);
-  const int shift = p.is_unsigned ? 128 : 0;
-  for (int64_t chunk = 0; chunk < out_channels; chunk += kChunkChannels) {
-    const int64_t end = min64(chunk + kChunkChannels, out_channels);
-    for (int64_t k = 0; k < taps; ++k) {
-      for (int64_t first = chunk; first < end; first += p.lanes * p.tile_vectors) {
-        const int64_t columns =
-            min64(p.tile_vectors, ceil_div(end - first, p.lanes)) * p.lanes;
-        for (int64_t s = 0; s < steps; ++s) {
-          for (int64_t o = first; o < first + columns; ++o, to += kGroup) {
-            const From* from = weight + (o * taps + k) * channels + s * kGroup;
-            for (int g = 0; g < kGroup; ++g) {
-              const bool inside = o < end && s * kGroup + g < channels;
-              to[g] = inside ? static_cast<To>(from[g] + shift) : To{0};
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
 std::vector<float> padded(const float* values, int64_t count) {
   std::vector<float> result(ceil_div(count, kChunkChannels) * kChunkChannels + kChunkChannels);
   if (values != nullptr) std::memcpy(result.data(), values, count * sizeof(float));
   return result;
+}
+
+bool none_is_negative(const ConvPath& path, const ConvArgs& args, int64_t threads) {
+  const int8_t* features = static_cast<const int8_t*>(args.features);
+  const int64_t count = args.inputs * args.channels, grain = 1 << 20;
+  std::atomic<bool> none{true};
+  parallel_for(ceil_div(count, grain), threads, [&](int64_t, int64_t i) {
+    if (!none) return;
+    if (!path.is_nonnegative(features + i * grain, min64(grain, count - i * grain))) none = false;
+  });
+  return none;
 }
 
 int run(const ConvPath& path, ConvArgs args, const float* scale, const float* bias,
@@ -109,6 +89,11 @@ int run(const ConvPath& path, ConvArgs args, const float* scale, const float* bi
   threads = min64(threads, min64(blocks, 1 + work / (1 << 22)));
   if (threads < 1) threads = 1;
 
+  if (path.nonnegative != nullptr && none_is_negative(path, args, threads)) {
+    args.packed = static_cast<const char*>(args.packed) +
+                  layout_bytes(path.layout, args.out_channels, args.taps, args.channels);
+    return run(*path.nonnegative, args, scale, bias, threads);
+  }
   std::unique_ptr<int32_t[]> sums;
   if (path.row_sums != nullptr && path.needs_row_sums(args)) {
     sums.reset(new int32_t[args.inputs]);
@@ -144,33 +129,24 @@ int64_t fquant_packed_bytes(int isa, int is_float, int64_t out_channels, int64_t
                             int64_t channels) {
   const ConvPath* path = is_float != 0 ? float_path(isa) : int8_path(isa);
   if (path == nullptr) return -1;
-  return packed_size(path->layout, out_channels, taps, channels) * path->layout.elem_bytes;
+  return packed_bytes(*path, out_channels, taps, channels);
 }
 
 int fquant_pack_int8(int isa, const int8_t* weight, int64_t out_channels, int64_t taps,
-                     int64_t channels, void* packed) {
+                     int64_t channels, void* packed) try {
   const ConvPath* path = int8_path(isa);
   if (path == nullptr) return FQUANT_ISA_UNAVAILABLE;
-  const PackLayout& p = path->layout;
-  if (p.group == 4) {
-    pack<int8_t, uint8_t, 4>(p, weight, out_channels, taps, channels,
-                             static_cast<uint8_t*>(packed));
-  } else if (p.group == 2) {
-    pack<int8_t, int16_t, 2>(p, weight, out_channels, taps, channels,
-                             static_cast<int16_t*>(packed));
-  } else {
-    pack<int8_t, int16_t, 1>(p, weight, out_channels, taps, channels,
-                             static_cast<int16_t*>(packed));
-  }
+  pack_int8(*path, weight, out_channels, taps, channels, packed);
   return FQUANT_OK;
+} catch (const std::bad_alloc&) {
+  return FQUANT_OUT_OF_MEMORY;
 }
 
 int fquant_pack_float(int isa, const float* weight, int64_t out_channels, int64_t taps,
                       int64_t channels, void* packed) {
   const ConvPath* path = float_path(isa);
   if (path == nullptr) return FQUANT_ISA_UNAVAILABLE;
-  pack<float, float, 1>(path->layout, weight, out_channels, taps, channels,
-                        static_cast<float*>(packed));
+  pack_float(*path, weight, out_channels, taps, channels, packed);
   return FQUANT_OK;
 }
 

@@ -38,7 +38,12 @@ struct PackLayout {
   int64_t lanes, group, tile_vectors;
   int64_t elem_bytes;
   bool is_unsigned;  // stored as w + 128
+  bool segments;     // bytes to be summed in int16: see conv_nonnegative_avx2.h
 };
+
+// Bytes per output channel of a tap's weights in segments: four of a tile's header; per step of 16
+// inputs the weights and up to four starts.
+constexpr int64_t segment_lane_bytes(int64_t steps) { return 4 + steps * (16 + 4 * 2); }
 
 // One path. Every function is a plain loop over its range: threads belong to the driver.
 struct ConvPath {
@@ -48,6 +53,11 @@ struct ConvPath {
   void (*row_sums)(const ConvArgs&, int64_t first, int64_t last);  // null where not needed
   bool (*block)(const ConvArgs&, void* scratch, int64_t index);    // false: neighbor >= inputs
   int64_t (*peak)(int64_t rounds, int32_t* sink);                  // register-only; operations done
+
+  // A faster path for inputs of which none is negative, or null. Its packed weights come after
+  // this path's.
+  const ConvPath* nonnegative;
+  bool (*is_nonnegative)(const int8_t* features, int64_t count);
 };
 
 extern const ConvPath conv_int8_scalar, conv_float_scalar;

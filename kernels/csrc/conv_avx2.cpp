@@ -2,9 +2,10 @@
 //
 // Its bound is that pair of instructions, vpmaddwd and vpaddd: Zen 3 has two units for the first and
 // four for both, so 32 products a cycle at the very most; alone, in registers, they reach 25.
-// Nothing exact does more. vpmaddubsw has twice the products but saturates at int16 unless one side
-// has 7 bits; halves of 4 bits, summed in int16, need two of it; with signs moved to the weights,
-// its int16 sums need vpmaddwd again: two multiplications for 32 products each time, as here.
+// For inputs of either sign nothing exact does more. vpmaddubsw has twice the products but saturates
+// at int16 unless one side has 7 bits; halves of 4 bits, summed in int16, need two of it; with signs
+// moved to the weights its sums need vpmaddwd again: two multiplications for 32 products each time,
+// as here. Inputs that are not negative have 7 bits: see conv_nonnegative_avx2.h.
 #include <immintrin.h>
 
 #include <type_traits>
@@ -20,7 +21,7 @@ struct Int8Traits : Int8Base {
   using Staged = int16_t;
   using Weight = int16_t;
   static constexpr int64_t kGroup = 2;
-  static constexpr bool kUnsigned = false, kStage = true;
+  static constexpr bool kUnsigned = false, kSegments = false, kStage = true;
   static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
   static W load_weight(const Weight* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -38,11 +39,14 @@ struct Int8Traits : Int8Base {
   }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    const auto sum = [=](int64_t r) { return _mm256_cvtepi32_ps(load(acc + r * pitch)); };
-    finish_int8<Float>(a, sum, rows, channel, at, count);
+    const auto sum = [=](int64_t r, int64_t v) {
+      return _mm256_cvtepi32_ps(load(acc + r * pitch + v * kLanes));
+    };
+    finish_32(a, sum, rows, channel, at, count);
   }
 };
 
+#include "conv_nonnegative_avx2.h"
 #include "conv_rows_avx2.h"
 
 struct FloatTraits {
@@ -52,9 +56,9 @@ struct FloatTraits {
   using Acc = float;
   using V = __m256;
   using W = __m256;
-  static constexpr int64_t kLanes = 8, kGroup = 1;
+  static constexpr int64_t kLanes = 8, kGroup = 1, kFinishLanes = 8;
   static constexpr int kTileVectors = 2;
-  static constexpr bool kUnsigned = false, kStage = false;
+  static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
   static V load(const Acc* p) { return _mm256_loadu_ps(p); }
   static void store(Acc* p, V v) { _mm256_storeu_ps(p, v); }
@@ -65,22 +69,36 @@ struct FloatTraits {
   static V zero() { return _mm256_setzero_ps(); }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    const V bias = a.bias == nullptr ? zero() : load(a.bias + channel);
+    using F = Floats<1>;
+    const auto bias = a.bias == nullptr ? F::set(0.0f) : F::load(a.bias + channel);
     for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
-      Float::store(static_cast<float*>(a.out) + at, Float::add(load(acc + r * pitch), bias), count);
+      const auto sum = F::add(F::load(acc + r * pitch), bias);
+      F::store(static_cast<float*>(a.out) + at, sum, count);
     }
   }
 };
 
-constexpr ConvPath rows_path(ConvPath path) {
+const ConvPath nonnegative = {
+    {Int8Base::kLanes, NonnegativeTraits::kGroup, NonnegativeTraits::kTileVectors, 1, false, true},
+    scratch_bytes<NonnegativeTraits>,
+    always<NonnegativeTraits>,
+    nullptr,
+    block<NonnegativeTraits>,
+    peak<Int8Traits>,
+    nullptr,
+    nullptr};
+
+constexpr ConvPath int8_path(ConvPath path) {
   path.scratch_bytes = int8_scratch_bytes;
   path.block = int8_block;
+  path.nonnegative = &nonnegative;
+  path.is_nonnegative = is_nonnegative;
   return path;
 }
 
 }  // namespace
 
-extern const ConvPath conv_int8_avx2 = rows_path(make_path<Int8Traits>(nullptr));
+extern const ConvPath conv_int8_avx2 = int8_path(make_path<Int8Traits>(nullptr));
 extern const ConvPath conv_float_avx2 = make_path<FloatTraits>(nullptr);
 
 }  // namespace fquant

@@ -76,9 +76,9 @@ struct Int8Traits {
   using Acc = int32_t;
   using V = __m512i;
   using W = __m512i;
-  static constexpr int64_t kLanes = 16, kGroup = 4;
+  static constexpr int64_t kLanes = 16, kGroup = 4, kFinishLanes = 16;
   static constexpr int kTileVectors = 4;
-  static constexpr bool kUnsigned = true, kStage = false;
+  static constexpr bool kUnsigned = true, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
   static V load(const Acc* p) { return _mm512_loadu_si512(p); }
   static void store(Acc* p, V v) { _mm512_storeu_si512(p, v); }
@@ -128,9 +128,9 @@ struct FloatTraits {
   using Acc = float;
   using V = __m512;
   using W = __m512;
-  static constexpr int64_t kLanes = 16, kGroup = 1;
+  static constexpr int64_t kLanes = 16, kGroup = 1, kFinishLanes = 16;
   static constexpr int kTileVectors = 4;
-  static constexpr bool kUnsigned = false, kStage = false;
+  static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
   static V load(const Acc* p) { return _mm512_loadu_ps(p); }
   static void store(Acc* p, V v) { _mm512_storeu_ps(p, v); }

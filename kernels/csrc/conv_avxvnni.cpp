@@ -14,7 +14,7 @@ struct Int8Traits : Int8Base {
   using Staged = int8_t;
   using Weight = uint8_t;
   static constexpr int64_t kGroup = 4;
-  static constexpr bool kUnsigned = true, kStage = false;
+  static constexpr bool kUnsigned = true, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
   static W load_weight(const Weight* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -27,11 +27,11 @@ struct Int8Traits : Int8Base {
   }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t* minus,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    const auto sum = [=](int64_t r) {
+    const auto sum = [=](int64_t r, int64_t v) {
       const V less = _mm256_set1_epi32(static_cast<int32_t>(minus[r]));
-      return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + r * pitch), less));
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + r * pitch + v * kLanes), less));
     };
-    finish_int8<Float>(a, sum, rows, channel, at, count);
+    finish_32(a, sum, rows, channel, at, count);
   }
 };
 

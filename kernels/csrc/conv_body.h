@@ -5,8 +5,10 @@
 // the copy compiled for AVX-512.
 //
 // Traits: Elem (feature), Weight, Acc, V, kLanes, kGroup, kTileVectors, kUnsigned (weights are
-// w + 128), kStage (rows must be widened, and are read where they are staged), rows(vectors) = rows
-// of a micro tile, load, store, load_weight, broadcast, dot, stage_row, finish.
+// w + 128), kSegments (weights are in segments), kStage (rows must be widened, and are read where they
+// are staged), rows(vectors) = rows of a micro tile, kFinishLanes =
+// channels that finish takes at most, load, store, load_weight, broadcast, dot,
+// stage_row, finish.
 
 template <class T>
 struct Scratch {
@@ -93,6 +95,7 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
 
   const int64_t steps = ceil_div(a.channels, T::kGroup);
   const int64_t width = steps * T::kGroup;
+  const int64_t lane_weights = T::kSegments ? segment_lane_bytes(steps) : width;
   const bool staged = stages<T>(a);
   const Elem* features = static_cast<const Elem*>(a.features);
   const Weight* weight = static_cast<const Weight*>(a.packed);
@@ -112,7 +115,7 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
     const auto run_tap = [&](int64_t k, auto fresh) {
       const int64_t begin = s.split[k], pairs = s.split[k + 1] - begin;
       const int32_t* index = s.index + begin;
-      const Weight* w = weight + k * pitch * width;
+      const Weight* w = weight + k * pitch * lane_weights;
       const typename T::Staged* source;
       if (staged) {
         for (int64_t p = 0; p < pairs; ++p) {
@@ -127,7 +130,7 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
         const int64_t tile = min64(T::kTileVectors, vectors - v);
         run_vectors<T, decltype(fresh)::value>(tile, pairs, source, width, index, s.row + begin, w,
                                                steps, s.acc + v * T::kLanes, pitch);
-        w += tile * T::kLanes * width;
+        w += tile * T::kLanes * lane_weights;
       }
     };
     if (whole < a.taps) {
@@ -138,11 +141,10 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
     for (int64_t k = 0; k < a.taps; ++k) {
       if (k != whole) run_tap(k, std::false_type{});
     }
-    weight += a.taps * pitch * width;
-    for (int64_t v = 0; v < vectors; ++v) {
-      T::finish(a, s.acc + v * T::kLanes, pitch, s.compensation, rows, channel + v * T::kLanes,
-                first * a.out_channels + channel + v * T::kLanes,
-                min64(T::kLanes, count - v * T::kLanes));
+    weight += a.taps * pitch * lane_weights;
+    for (int64_t c = 0; c < count; c += T::kFinishLanes) {
+      T::finish(a, s.acc + c, pitch, s.compensation, rows, channel + c,
+                first * a.out_channels + channel + c, min64(T::kFinishLanes, count - c));
     }
   }
   return true;

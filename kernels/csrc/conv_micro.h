@@ -74,7 +74,12 @@ void run_vectors(int64_t vectors, int64_t pairs, const typename T::Staged* featu
                  int64_t steps, typename T::Acc* acc, int64_t pitch) {
   if constexpr (V > 0) {
     if (vectors == V) {
-      run_tile<T, V, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
+      if constexpr (T::kSegments) {
+        T::template run_tile<V, FRESH>(pairs, features, stride, index, row, weight, steps, acc,
+                                       pitch);
+      } else {
+        run_tile<T, V, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
+      }
     } else {
       run_vectors<T, FRESH, V - 1>(vectors, pairs, features, stride, index, row, weight, steps, acc,
                             pitch);

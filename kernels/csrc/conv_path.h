@@ -41,10 +41,13 @@ bool always(const ConvArgs&) {
 
 template <class T>
 constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)) {
-  return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight), T::kUnsigned},
+  return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight), T::kUnsigned,
+                   T::kSegments},
                   scratch_bytes<T>,
                   always<T>,
                   row_sums,
                   block<T>,
-                  peak<T>};
+                  peak<T>,
+                  nullptr,
+                  nullptr};
 }

@@ -121,10 +121,7 @@ bool row_block(const ConvArgs& a, void* memory, int64_t index) {
     repack(a, channel, s.weight);
     a.channels == 16 ? accumulate_rows<16>(a, s, first, rows)
                      : accumulate_rows<32>(a, s, first, rows);
-    for (int64_t v = 0; v < 2; ++v) {
-      Int8Traits::finish(a, s.acc + v * 8, 16, nullptr, rows, channel + v * 8,
-                         first * a.out_channels + channel + v * 8, 8);
-    }
+    Int8Traits::finish(a, s.acc, 16, nullptr, rows, channel, first * a.out_channels + channel, 16);
   }
   return true;
 }

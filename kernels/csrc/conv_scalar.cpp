@@ -71,9 +71,9 @@ struct Base {
   using Acc = A;
   using V = Lanes<A>;
   using W = const Weight*;
-  static constexpr int64_t kLanes = 8, kGroup = 1;
+  static constexpr int64_t kLanes = 8, kGroup = 1, kFinishLanes = 8;
   static constexpr int kTileVectors = 1;
-  static constexpr bool kUnsigned = false, kStage = false;
+  static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int) { return 2; }
   static V load(const Acc* p) {
     V v;

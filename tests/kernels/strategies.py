@@ -35,6 +35,9 @@ class ConvCase(NamedTuple):
 def _int8(shape: tuple[int, ...], values: str, random: torch.Generator) -> Tensor:
     if values == "extreme":
         return torch.where(torch.rand(shape, generator=random) < 0.9, 127, -128).to(torch.int8)
+    if values == "normal":
+        drawn = torch.randn(shape, generator=random) * 36
+        return drawn.round().clamp(-128, 127).to(torch.int8)
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=random)
 
 
@@ -47,11 +50,13 @@ def conv_cases(draw: st.DrawFn) -> ConvCase:
     num_channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([0, 16, 32, 64, 128])))
     num_out_channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([0, 16, 32, 64, 130])))
     density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
-    values = draw(st.sampled_from(["uniform", "extreme"]))
+    values = draw(st.sampled_from(["uniform", "normal", "extreme"]))
     scales = draw(st.sampled_from(["fine", "halves", "coarse"]))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 
     features = _int8((num_inputs, num_channels), values, random)
+    if draw(st.booleans()):  # as after a ReLU
+        features = features.clamp(min=0)
     weight = _int8((num_out_channels, num_taps, num_channels), values, random)
     shape = (num_taps, num_outputs)
     neighbors = torch.randint(0, max(num_inputs, 1), shape, generator=random)

@@ -99,6 +99,44 @@ def test_the_largest_sums_that_are_allowed_do_not_wrap(isa: str, sign: int) -> N
     assert torch.equal(got, exact.expand(1, 17))
 
 
+def segments(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the quads per segment of the packed bytes for inputs that are not negative."""
+    num_out, taps, num_channels = weight.shape
+    tile = 32 * (4 + 24 * -(-num_channels // 16))
+    assert num_out == 32
+    return cpu.pack_weight(weight, "avx2")[-taps * tile :].view(torch.int32)[:: tile // 4]
+
+
+@pytest.mark.skipif("avx2" not in native.available_isas(), reason="not this CPU")
+@pytest.mark.parametrize(
+    ("values", "quads"),
+    [
+        ([32, 32, 32, 32], 4),  # 8 * 32 * 127 = 32512: starts at 0
+        ([33, 33, 32, 32], 2),  # 8 * 33 * 127 = 33528: would start below 0, and nothing above
+        ([33, 33, -32, -32], 4),
+        ([64, 64, -64, -64], 4),  # 8 * 64 * 127 = 65024
+        ([65, 65, -65, -65], 2),  # 8 * 65 * 127 = 66040: more than int16 has
+        ([64, 64, 64, 64], 2),
+        ([127, 127, -128, -127], 2),
+        ([127, 127, 127, 127], 1),
+        ([-128, -128, -128, -128], 1),
+    ],
+)
+def test_int16_sums_never_wrap(values: list[int], quads: int) -> None:
+    weight = torch.zeros((32, 2, 48), dtype=torch.int8)
+    weight[5] = torch.tensor(values, dtype=torch.int8).repeat(12)
+    weight[6] = -weight[5].clamp(min=-127)
+    assert (segments(weight) == quads).all()
+    for value in (127, 126, 1):
+        features = torch.full((3, 48), value, dtype=torch.int8)
+        features[1, 20:] = 0
+        features[2, ::3] = 0
+        neighbors = torch.tensor([[0, 1, 2], [1, -1, 0]], dtype=torch.int32)
+        args = (features, weight, neighbors, torch.ones(32))
+        got = cpu.sparse_conv_int8(*args, out_dtype=torch.float32, isa="avx2")
+        assert torch.equal(got, reference.sparse_conv_int8(*args, out_dtype=torch.float32))
+
+
 @each_isa
 def test_ties_go_to_even_and_the_rest_saturates(isa: str) -> None:
     sums = torch.tensor([-128, -3, -1, 0, 1, 3, 5, 127], dtype=torch.int8)

@@ -1,0 +1,113 @@
+// Inputs of which none is negative, as after a ReLU, AVX2: bytes summed in int16 for a while.
+//
+// Included by conv_avx2.cpp inside its anonymous namespace. vpmaddubsw multiplies 32 bytes, twice
+// what vpmaddwd does, and adds products two by two in int16; of inputs from 0 to 127 two products
+// never saturate. What follows is added modulo 2^16 over a segment of 4, 2 or 1 quads of inputs and
+// only then widened to int32, which is exact because packing (choose_starts() in conv_pack.cpp)
+// took segments and first values from which the last value of every sum is an int16.
+//
+// A tile is [vector][lane] int32, the first of them the quads of a segment, then for each step of
+// 16 inputs room for four starts per lane, [segment][vector][lane][2] int16, and the weights,
+// [quad][vector][lane][4] int8.
+//
+// One row at a time, its weights read as memory operands: 6 rows by 2 vectors, with weights and
+// sums in registers as in conv_micro.h, come to 60 GMAC/s in L1 at 64 channels (Zen 3), 3 by 4 to
+// 100, 1 by 4 to 115.
+
+struct NonnegativeTraits : Int8Base {
+  using Staged = int8_t;
+  using Weight = int8_t;
+  static constexpr int64_t kGroup = 16;
+  static constexpr int kTileVectors = 4;
+  static constexpr bool kUnsigned = false, kSegments = true, kStage = false;
+
+  static void stage_row(Staged* to, const Elem* from, int64_t channels, int64_t width) {
+    __builtin_memcpy(to, from, channels);
+    __builtin_memset(to + channels, 0, width - channels);
+  }
+
+  static __m256i load_bytes(const int8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+
+  // Adds the products of one segment of quads to the sums of V vectors.
+  template <int V, int SEGMENT>
+  static inline __attribute__((always_inline)) void add_segment(const int8_t* x,
+                                                                const int8_t* start,
+                                                                const int8_t* weight,
+                                                                __m256i* sum) {
+    __m256i part[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) part[v] = SEGMENT == 1 ? zero() : load_bytes(start + v * 32);
+#pragma GCC unroll 4
+    for (int quad = 0; quad < SEGMENT; ++quad) {
+      const __m256i b = broadcast4(x + quad * 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const __m256i w = load_bytes(weight + (quad * V + v) * 32);
+        __m256i total = _mm256_add_epi16(part[v], _mm256_maddubs_epi16(b, w));
+        __asm__("" : "+x"(total));  // as in conv_rows_avx2.h
+        part[v] = total;
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(part[v], _mm256_set1_epi16(1)));
+    }
+  }
+
+  template <int V, int SEGMENT, bool FRESH>
+  static inline __attribute__((always_inline)) void add_row(const int8_t* x, const int8_t* weight,
+                                                            int64_t steps, int32_t* acc) {
+    __m256i sum[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] = FRESH ? zero() : load(acc + v * kLanes);
+    for (int64_t s = 0; s < steps; ++s, x += kGroup, weight += V * 192) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4 / SEGMENT; ++i) {
+        add_segment<V, SEGMENT>(x + i * SEGMENT * 4, weight + i * V * 32,
+                                weight + V * 64 + i * SEGMENT * V * 32, sum);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(acc + v * kLanes, sum[v]);
+  }
+
+  template <int V, bool FRESH>
+  static void run_tile(int64_t pairs, const int8_t* features, int64_t stride, const int32_t* index,
+                       const uint8_t* row, const int8_t* weight, int64_t steps, int32_t* acc,
+                       int64_t pitch) {
+    int32_t segment;
+    __builtin_memcpy(&segment, weight, sizeof(segment));
+    weight += V * 32;
+    const auto add_rows = [&](auto quads) {
+      for (int64_t p = 0; p < pairs; ++p) {
+        add_row<V, decltype(quads)::value, FRESH>(features + index[p] * stride, weight, steps,
+                                                  acc + row[p] * pitch);
+      }
+    };
+    if (segment == 4) {
+      add_rows(std::integral_constant<int, 4>{});
+    } else if (segment == 2) {
+      add_rows(std::integral_constant<int, 2>{});
+    } else {
+      add_rows(std::integral_constant<int, 1>{});
+    }
+  }
+
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t* none,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    Int8Traits::finish(a, acc, pitch, none, rows, channel, at, count);
+  }
+};
+
+bool is_nonnegative(const int8_t* features, int64_t count) {
+  __m256i all = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    all = _mm256_or_si256(all, NonnegativeTraits::load_bytes(features + i));
+  }
+  int8_t rest = 0;
+  for (; i < count; ++i) rest |= features[i];
+  return _mm256_movemask_epi8(all) == 0 && rest >= 0;
+}
