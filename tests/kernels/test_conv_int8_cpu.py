@@ -116,6 +116,7 @@ def segments(weight: torch.Tensor) -> torch.Tensor:
         ([33, 33, -32, -32], 4),
         ([64, 64, -64, -64], 4),  # 8 * 64 * 127 = 65024
         ([65, 65, -65, -65], 2),  # 8 * 65 * 127 = 66040: more than int16 has
+        ([65, -65, 0, 0], 2),  # the same, of both signs
         ([64, 64, 64, 64], 2),
         ([127, 127, -128, -127], 2),
         ([127, 127, 127, 127], 1),
@@ -135,6 +136,18 @@ def test_int16_sums_never_wrap(values: list[int], quads: int) -> None:
         args = (features, weight, neighbors, torch.ones(32))
         got = cpu.sparse_conv_int8(*args, out_dtype=torch.float32, isa="avx2")
         assert torch.equal(got, reference.sparse_conv_int8(*args, out_dtype=torch.float32))
+
+
+@each_isa
+@pytest.mark.parametrize("place", [0, 31, 32, 98])
+def test_one_negative_input_is_seen(isa: str, place: int) -> None:
+    features = torch.full((99, 1), 100, dtype=torch.int8)
+    features[place] = -100
+    weight = torch.full((1, 1, 1), 3, dtype=torch.int8)
+    neighbors = torch.arange(99, dtype=torch.int32)[None]
+    args = (features, weight, neighbors, torch.ones(1))
+    got = cpu.sparse_conv_int8(*args, out_dtype=torch.float32, isa=isa)
+    assert torch.equal(got, features * 3.0)
 
 
 @each_isa
