@@ -84,13 +84,14 @@ const ConvPath nonnegative = {
     always<NonnegativeTraits>,
     nullptr,
     block<NonnegativeTraits>,
-    peak<Int8Traits>,
+    nonnegative_peak,
     nullptr,
     nullptr};
 
 constexpr ConvPath int8_path(ConvPath path) {
   path.scratch_bytes = int8_scratch_bytes;
   path.block = int8_block;
+  path.peak = nonnegative_peak;
   path.nonnegative = &nonnegative;
   path.is_nonnegative = is_nonnegative;
   return path;

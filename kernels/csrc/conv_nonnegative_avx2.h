@@ -101,6 +101,34 @@ struct NonnegativeTraits : Int8Base {
   }
 };
 
+// As peak() of conv_path.h: segments of 4 quads, without memory.
+int64_t nonnegative_peak(int64_t rounds, int32_t* sink) {
+  constexpr int V = 8;
+  alignas(32) int32_t lanes[8];
+  for (auto& lane : lanes) lane = *sink;
+  __m256i b = _mm256_set1_epi8(1);
+  const __m256i weight = NonnegativeTraits::load(lanes), one = _mm256_set1_epi16(1);
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; ++round) {
+    __m256i part[V] = {};
+#pragma GCC unroll 4
+    for (int quad = 0; quad < 4; ++quad) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        __asm__ volatile("" : "+x"(b));  // else a product would be computed once, before the loop
+        __m256i total = _mm256_add_epi16(part[v], _mm256_maddubs_epi16(b, weight));
+        __asm__("" : "+x"(total));
+        part[v] = total;
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part[v], one));
+  }
+  NonnegativeTraits::store(lanes, sum);
+  for (const int32_t lane : lanes) *sink += lane;
+  return rounds * V * 4 * 32 * 2;
+}
+
 bool is_nonnegative(const int8_t* features, int64_t count) {
   __m256i all = _mm256_setzero_si256();
   int64_t i = 0;

@@ -30,44 +30,59 @@ void pack(const PackLayout& p, const From* weight, int64_t out_channels, int64_t
     for (int64_t s = 0; s < steps; ++s) {
       for (int64_t o = first; o < first + columns; ++o, to += kGroup) {
         const From* from = weight + (o * taps + k) * channels + s * kGroup;
-        for (int g = 0; g < kGroup; ++g) {
-          const bool inside = o < end && s * kGroup + g < channels;
-          to[g] = inside ? static_cast<To>(from[g] + shift) : To{0};
+        const int64_t inside = o < end ? min64(kGroup, channels - s * kGroup) : 0;
+        if (inside == kGroup) {
+          for (int g = 0; g < kGroup; ++g) to[g] = static_cast<To>(from[g] + shift);
+        } else {
+          for (int g = 0; g < kGroup; ++g) to[g] = static_cast<To>(g < inside ? from[g] + shift : 0);
         }
       }
     }
   });
 }
 
-// Where the int16 sums of one output channel of a tile may start so that none wraps: `start` has an
-// entry for each (segment, pair of inputs in a quad). False: nowhere, such segments are too long.
+// What two inputs next to each other can add to a sum at most: the sum of their weights below 0 and
+// of those above.
+struct PairSums {
+  int16_t negative, positive;
+};
+
+void sum_pairs(const int8_t* weight, int64_t channels, int64_t pairs, PairSums* sums) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int a = 2 * i < channels ? weight[2 * i] : 0;
+    const int b = 2 * i + 1 < channels ? weight[2 * i + 1] : 0;
+    sums[i].negative = static_cast<int16_t>((a < 0 ? a : 0) + (b < 0 ? b : 0));
+    sums[i].positive = static_cast<int16_t>((a > 0 ? a : 0) + (b > 0 ? b : 0));
+  }
+}
+
+// Where the int16 sums of one output channel of a tap may start so that none wraps: `start` has an
+// entry for each (segment, pair of a quad). False: nowhere, segments of so many quads are too long.
 //
 // Inputs are 0 to 127. A sum of weights w then ends between -127 * sum(-w, w < 0) and
 // 127 * sum(w, w > 0), and start plus either must be an int16. In between it may wrap: additions
 // modulo 2^16 do not mind. The starts are 0 where that is allowed, and add up to 0.
-bool choose_starts(const int8_t* weight, int64_t channels, int64_t steps, int segment,
-                   int16_t* start) {
-  const int64_t sums = steps * (4 / segment) * 2;
-  int32_t total = 0;
-  const auto range = [&](int64_t i, int32_t* low, int32_t* high) {
+bool choose_starts(const PairSums* sums, int64_t steps, int quads, int16_t* start) {
+  const int64_t count = steps * (4 / quads) * 2;
+  int32_t total = 0, low, high;
+  const auto range = [&](int64_t i) {
     int32_t negative = 0, positive = 0;
-    for (int64_t quad = i / 2 * segment; quad < (i / 2 + 1) * segment; ++quad) {
-      for (int64_t c = quad * 4 + i % 2 * 2; c < min64(quad * 4 + i % 2 * 2 + 2, channels); ++c) {
-        (weight[c] < 0 ? negative : positive) += weight[c];
-      }
+    for (int quad = 0; quad < quads; ++quad) {
+      const PairSums& pair = sums[(i / 2 * quads + quad) * 2 + i % 2];
+      negative += pair.negative;
+      positive += pair.positive;
     }
-    *low = INT16_MIN - 127 * negative;
-    *high = INT16_MAX - 127 * positive;
+    low = INT16_MIN - 127 * negative;
+    high = INT16_MAX - 127 * positive;
   };
-  int32_t low, high;
-  for (int64_t i = 0; i < sums; ++i) {
-    range(i, &low, &high);
+  for (int64_t i = 0; i < count; ++i) {
+    range(i);
     if (low > high) return false;
     start[i] = static_cast<int16_t>(low > 0 ? low : high < 0 ? high : 0);
     total += start[i];
   }
-  for (int64_t i = 0; i < sums && total != 0; ++i) {
-    range(i, &low, &high);
+  for (int64_t i = 0; i < count && total != 0; ++i) {
+    range(i);
     const int32_t wanted = start[i] - total;
     const int32_t moved = wanted < low ? low : wanted > high ? high : wanted;
     total += moved - start[i];
@@ -78,36 +93,40 @@ bool choose_starts(const int8_t* weight, int64_t channels, int64_t steps, int se
 
 void pack_segments(const PackLayout& p, const int8_t* weight, int64_t out_channels, int64_t taps,
                    int64_t channels, char* to) {
-  const int64_t steps = ceil_div(channels, p.group);
-  std::vector<int16_t> starts(p.lanes * p.tile_vectors * steps * 4);
+  const int64_t steps = ceil_div(channels, p.group), pairs = steps * 8, most = steps * 4;
+  std::vector<PairSums> sums(p.lanes * p.tile_vectors * pairs);
+  std::vector<int16_t> starts(p.lanes * p.tile_vectors * most);
   for_each_tile(p, out_channels, taps, [&](int64_t first, int64_t columns, int64_t end, int64_t k) {
-    const auto row = [&](int64_t o) { return weight + (o * taps + k) * channels; };
-    int segment = 4;
-    const auto fits = [&] {
-      for (int64_t o = first; o < min64(first + columns, end); ++o) {
-        int16_t* start = starts.data() + (o - first) * steps * 4;
-        if (!choose_starts(row(o), channels, steps, segment, start)) return false;
+    const auto row = [&](int64_t o) { return weight + ((first + o) * taps + k) * channels; };
+    const int64_t present = min64(columns, end - first);
+    for (int64_t o = 0; o < present; ++o) sum_pairs(row(o), channels, pairs, &sums[o * pairs]);
+    const auto fit = [&](int quads) {
+      for (int64_t o = 0; o < present; ++o) {
+        if (!choose_starts(&sums[o * pairs], steps, quads, &starts[o * most])) return false;
       }
       return true;
     };
-    while (segment > 1 && !fits()) segment /= 2;
+    const int32_t quads = fit(4) ? 4 : fit(2) ? 2 : 1;
     std::memset(to, 0, columns * segment_lane_bytes(steps));
-    std::memcpy(to, &segment, sizeof(segment));
+    std::memcpy(to, &quads, sizeof(quads));
     to += columns * 4;
-    for (int64_t s = 0; s < steps; ++s) {
-      int16_t* start = reinterpret_cast<int16_t*>(to);
-      const int pieces = segment == 1 ? 0 : 4 / segment;
-      for (int piece = 0; piece < pieces; ++piece) {
-        for (int64_t o = 0; o < columns; ++o, start += 2) {
-          if (first + o >= end) continue;
-          std::memcpy(start, &starts[o * steps * 4 + (s * pieces + piece) * 2], 4);
+    const int64_t segments = quads == 1 ? 0 : 4 / quads;  // those that have a start
+    for (int64_t s = 0; s < steps; ++s, to += columns * (8 + 16)) {
+      for (int64_t i = 0; i < segments; ++i) {
+        for (int64_t o = 0; o < present; ++o) {
+          const int16_t* start = &starts[o * most + (s * segments + i) * 2];
+          std::memcpy(to + (i * columns + o) * 4, start, 4);
         }
       }
-      to += columns * 8;
-      for (int64_t quad = s * 4; quad < s * 4 + 4; ++quad) {
-        for (int64_t o = first; o < first + columns; ++o, to += 4) {
-          const int64_t count = min64(4, channels - quad * 4);
-          if (o < end && count > 0) std::memcpy(to, row(o) + quad * 4, count);
+      char* quad = to + columns * 8;
+      for (int64_t c = s * 16; c < s * 16 + 16; c += 4, quad += columns * 4) {
+        const int64_t inside = min64(4, channels - c);
+        for (int64_t o = 0; o < present; ++o) {
+          if (inside == 4) {
+            std::memcpy(quad + o * 4, row(o) + c, 4);
+          } else if (inside > 0) {
+            std::memcpy(quad + o * 4, row(o) + c, inside);
+          }
         }
       }
     }
