@@ -179,14 +179,19 @@ def check_coords(
             f"{function}: batch_size * prod(spatial_shape) must be below 2^63, "
             f"got {batch_size} * prod({spatial_shape})."
         )
+    if coords.shape[0] == 0:
+        return
     sizes = torch.tensor([batch_size, *spatial_shape], device=coords.device)
-    outside = ((coords < 0) | (coords >= sizes)).any(dim=1)
-    if bool(outside.any()):
+    if bool((coords.amin(0) < 0).any()) or bool((coords.amax(0) >= sizes).any()):
+        outside = ((coords < 0) | (coords >= sizes)).any(dim=1)
         raise ValueError(
             f"{function}: coords must lie in [0, {tuple(sizes.tolist())}), "
             f"got row {coords[outside][0].tolist()}."
         )
-    keys = linear_keys(coords, spatial_shape).sort()
+    unsorted = linear_keys(coords, spatial_shape)
+    if bool((unsorted[1:] > unsorted[:-1]).all()):  # as maps have them: nothing to sort
+        return
+    keys = unsorted.sort()
     repeated = keys.values[1:] == keys.values[:-1]
     if bool(repeated.any()):
         row = coords[keys.indices[1:][repeated][0]].tolist()
