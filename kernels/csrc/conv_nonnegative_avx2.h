@@ -20,6 +20,8 @@ struct NonnegativeTraits : Int8Base {
   static constexpr int64_t kGroup = 16;
   static constexpr int kTileVectors = 4;
   static constexpr bool kUnsigned = false, kSegments = true, kStage = false;
+  // Steps whose weights, 768 bytes of 4 vectors, stay in L1 for all rows of a block.
+  static constexpr int64_t kMostSteps = 24;
 
   static void stage_row(Staged* to, const Elem* from, int64_t channels, int64_t width) {
     __builtin_memcpy(to, from, channels);
@@ -77,21 +79,29 @@ struct NonnegativeTraits : Int8Base {
   static void run_tile(int64_t pairs, const int8_t* features, int64_t stride, const int32_t* index,
                        const uint8_t* row, const int8_t* weight, int64_t steps, int32_t* acc,
                        int64_t pitch) {
-    int32_t segment;
-    __builtin_memcpy(&segment, weight, sizeof(segment));
+    int32_t quads;
+    __builtin_memcpy(&quads, weight, sizeof(quads));
     weight += V * 32;
-    const auto add_rows = [&](auto quads) {
+    const auto add_rows = [&](auto segment, auto fresh, int64_t first) {
+      const int64_t count = min64(kMostSteps, steps - first);
       for (int64_t p = 0; p < pairs; ++p) {
-        add_row<V, decltype(quads)::value, FRESH>(features + index[p] * stride, weight, steps,
-                                                  acc + row[p] * pitch);
+        add_row<V, decltype(segment)::value, decltype(fresh)::value>(
+            features + index[p] * stride + first * kGroup, weight + first * (V * 192), count,
+            acc + row[p] * pitch);
       }
     };
-    if (segment == 4) {
-      add_rows(std::integral_constant<int, 4>{});
-    } else if (segment == 2) {
-      add_rows(std::integral_constant<int, 2>{});
+    const auto add_all = [&](auto segment) {
+      add_rows(segment, std::integral_constant<bool, FRESH>{}, 0);
+      for (int64_t s = kMostSteps; s < steps; s += kMostSteps) {
+        add_rows(segment, std::false_type{}, s);
+      }
+    };
+    if (quads == 4) {
+      add_all(std::integral_constant<int, 4>{});
+    } else if (quads == 2) {
+      add_all(std::integral_constant<int, 2>{});
     } else {
-      add_rows(std::integral_constant<int, 1>{});
+      add_all(std::integral_constant<int, 1>{});
     }
   }
 
