@@ -30,7 +30,8 @@ class Quantizer:
             `dynamic`; or "axis", `spec.axis` as it stands.
         dynamic: take the range from the tensor itself at every call, instead of from calibration.
         observer: what collects the range in calibration; its `axis` follows from `per`, its `block`
-            from spec. `MaxObserver`, or `MinMaxObserver` for an asymmetric range, unless given.
+            and the grid that a histogram is read out for (its `spec`) from spec. `MaxObserver`, or
+            `MinMaxObserver` for an asymmetric range, unless given.
         learn: whether the scale is meant to be trained (`fquant.split_qstate`), and by which
             derivative: True, that of clipping (`fquant.fake_quantize`); "lsq", with LSQ's gradient scale
             (`fquant.fake_quantize_lsq`); "pact", that of the clipping end `scale * q_max`
@@ -115,7 +116,7 @@ class Quantizer:
         if block is not None:
             spec = replace(spec, block=block)
         observer: Any = self.observer
-        for name, value in (("axis", axis), ("block", block)):
+        for name, value in (("axis", axis), ("block", block), ("spec", self.spec)):
             if getattr(observer, name, value) != value:
                 observer = replace(observer, **{name: value})
         if block is not None and not self.dynamic and not hasattr(observer, "block"):
