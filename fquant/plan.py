@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from fquant.formats import grid_name
 from fquant.observers import Observer
 from fquant.op_rules import OpRule, Quantizer, skip
 
@@ -157,7 +158,5 @@ def _grid(operand: Operand) -> str:
     q = operand.quantizer
     if q is None:
         return "float"
-    bits = getattr(q.spec, "num_bits", type(q.spec).__name__)
-    kind = "uint" if getattr(q.spec, "unsigned", False) else "int"
     axis = "" if q.spec.axis is None else f" axis {q.spec.axis}"
-    return f"{kind}{bits}{axis}{' dynamic' if q.dynamic else ''}"
+    return f"{grid_name(q.spec)}{axis}{' dynamic' if q.dynamic else ''}"

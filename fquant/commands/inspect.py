@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fquant.commands.program_archive import read_program_archive
 from fquant.commands.table import print_table, size_text
+from fquant.formats import grid_name
 from fquant.graph import format_from_text, granularity_of
 from fquant.optional import require_package
 from fquant.recipes import from_dict
@@ -222,6 +223,4 @@ def _range(scale: Tensor) -> str:
 
 
 def _grid_of(spec: Any) -> str:
-    if hasattr(spec, "unsigned"):
-        return f"{'u' if spec.unsigned else ''}int{spec.num_bits}" + " narrow" * spec.narrow_range
-    return f"{type(spec).__name__}, {spec.num_bits} bits"
+    return grid_name(spec) + " narrow" * getattr(spec, "narrow_range", False)
