@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from fquant.interception.interpreter import Interpreter
+from fquant.interception.interpreter import SITE, Interpreter
 from fquant.interception.operation import Arguments, Layout, Op, Slot, floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.interception.shadow import shadow_of
@@ -118,14 +118,17 @@ class _Planner(Interpreter):
         self.sites: dict[str, Site] = {}
         self.used: set[int] = set()
         self.seen: set[str] = set()
-        self.name = ""  # of the site that was met last
+        self.met: tuple[Site, OpRule | None] | None = None  # whose result is not there yet
 
     def call(self, op: Op, func: Any, args: Any, kwargs: Any) -> Any:
         operands = [(slot.role, slot.read((args, kwargs))) for slot in op.slots]
         before = [(role, x, x._version) for role, x in operands if _has_version(x)]
-        y = super().call(op, func, args, kwargs)
-        site = self.sites.get(self.name)
-        if op.functional is None and site is not None and site.op == op.name:
+        y = None
+        try:
+            y = super().call(op, func, args, kwargs)
+        finally:  # a model may catch what its operation raises
+            site = self._finish(op, y)
+        if op.functional is None and site is not None:
             quantized = {role for role, quantizer in quantizers_of(site) if quantizer is not None}
             for role, x, version in before:
                 if x._version != version and role in quantized:
@@ -136,17 +139,32 @@ class _Planner(Interpreter):
                     )
         return y
 
+    def mark(self, mark: str, x: Any) -> Any:
+        y = super().mark(mark, x)
+        self._finish(SITE, y)
+        return y
+
     def operands_at(self, name: str, op: Op, call: Arguments) -> Mapping[str, Any]:
-        self.name = name
         site, rule = self._begin(name, op)
         operands = [self._operand(op, slot, slot.read(call), call, rule) for slot in op.slots]
-        output = None if rule is None else rule.quantizer("output")
-        if output is not None:
-            operands.append(Operand("output", (), None, output.at(*_output_layout(op, operands))))
         kept = tuple(o for o in operands if o is not None)
-        if kept:
-            self._add(replace(site, operands=kept))
+        self.met = replace(site, operands=kept), rule
         return {}
+
+    def _finish(self, op: Op, y: Any) -> Site | None:
+        """Writes down the site that was met, now that its result is known."""
+        if self.met is None:
+            return None
+        (site, rule), self.met = self.met, None
+        choice = None if rule is None else rule.quantizer("output")
+        values = floats_of(y)
+        if choice is not None and values is not None:
+            output = choice.at(_output_layout(op), values.ndim)
+            operand = Operand("output", tuple(map(int, values.shape)), None, output)
+            site = replace(site, operands=(*site.operands, operand))
+        if site.operands:
+            self._add(site)
+        return site
 
     def operand_of_composite(self, name: str, op: Op, role: str, x: Any) -> Any:
         site, rule = self._begin(name, op)
@@ -201,9 +219,7 @@ def _has_version(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_inference()
 
 
-def _output_layout(op: Op, operands: Sequence[Operand | None]) -> tuple[Layout, int]:
-    """The output's channels are taken to be where the first input's are."""
-    for slot, operand in zip(op.slots, operands, strict=True):
-        if operand is not None and isinstance(slot.axis, int):
-            return Layout(slot.axis), len(operand.shape)
-    return Layout(-1), 1
+def _output_layout(op: Op) -> Layout:
+    """The output's channels are taken to be where the first input's are; else on the last axis."""
+    axes = [slot.axis for slot in op.slots if slot.kind == "inputs" and isinstance(slot.axis, int)]
+    return Layout(axes[0] if axes else -1)

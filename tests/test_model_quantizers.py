@@ -196,3 +196,31 @@ def test_observers_that_know_no_blocks_are_named():
                           observer=fq.MovingAverageObserver())  # fmt: skip
     with pytest.raises(ValueError, match=r"observer must know blocks .*MovingAverageObserver"):
         fq.make_plan(nn.Linear(6, 2), [fq.OpRule(weight=blocks)], (X,))
+
+
+class Outputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+
+    def forward(self, indices, x):
+        return self.table(indices), fq.site("mark", x)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "axes"),
+    [
+        (fq.Quantizer(per="channel"), (-1, -1)),
+        (fq.Quantizer(per="token", dynamic=True), ((0, 1), (0, 1, 2))),
+        (fq.Quantizer(fq.E4M3), (None, None)),
+    ],
+)
+def test_axes_of_outputs_are_those_of_the_result(quantizer, axes):
+    """Not of the first operand, an embedding's table of two axes, and not of a mark's none."""
+    rules = [fq.OpRule(ops=("embedding", "site"), output=quantizer)]
+    args = (torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 3, 4, 7))
+    plan = fq.make_plan(Outputs(), rules, args)
+    outputs = [site.operands[-1] for site in plan.sites]
+    assert [o.shape for o in outputs] == [(2, 5, 6), (2, 3, 4, 7)]
+    assert tuple(o.quantizer.spec.axis for o in outputs) == axes
+    assert ("output 2x5x6 e4m3fn" in str(plan)) == (quantizer.spec == fq.E4M3)
