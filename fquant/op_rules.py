@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 
 from torch import Tensor
 
-from fquant.formats import Format
+from fquant.formats import Format, require_format
 from fquant.interception.operation import Layout
 from fquant.observers import MaxObserver, MinMaxObserver, Observer
 from fquant.presets import E4M3
@@ -42,6 +42,7 @@ class Quantizer:
     With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale.
 
     Raises:
+        TypeError: spec is no Format, or observer no Observer.
         ValueError: per or learn is unknown; per token without dynamic; an asymmetric range with a grid
             that is not of integers, an observer that has no `range`, or a learned scale of another kind
             than clipping; PACT on a signed grid.
@@ -60,6 +61,12 @@ class Quantizer:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        require_format("Quantizer", self.spec)
+        if not hasattr(self.observer, "update"):
+            raise TypeError(
+                "Quantizer: observer must be an Observer, such as HistogramObserver(method='mse'), "
+                f"got {self.observer!r}."
+            )
         if self.per not in ("tensor", "channel", "token", "axis"):
             raise ValueError(
                 f"Quantizer: per must be 'tensor', 'channel', 'token' or 'axis', got {self.per!r}."

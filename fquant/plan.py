@@ -122,6 +122,15 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {rest}" for name, rest in rows)
 
 
+def require_plan(function: str, plan: object) -> None:
+    """Raises TypeError unless plan is a Plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"{function}: plan must be a Plan, from make_plan(model, rules, args), "
+            f"got {type(plan).__name__}."
+        )
+
+
 def skip_first_and_last(plan: Plan) -> list[OpRule]:
     """Returns rules that leave the first and the last layer with a weight in floating point.
 

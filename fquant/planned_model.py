@@ -77,6 +77,11 @@ class PlannedModel:
 
     def named_once(self, function: str, params: Params) -> dict[str, Tensor]:
         """Returns params with each tensor under one name, checked; a state dict has all names."""
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"{function}: params must be a dict of tensors by name, such as model.state_dict(), "
+                f"got {type(params).__name__}."
+            )
         state: dict[str, Tensor] = {}
         for name, tensor in params.items():
             if name not in self.known:

@@ -33,6 +33,9 @@ MODULE = """
     def broken():
         raise RuntimeError("out of eggs")
 
+    def pairs():
+        return [[batch, 0] for batch in batches()]
+
     nothing = []
     number = 3
 """
@@ -180,6 +183,7 @@ def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
         ("{name}:model", "{name}:number", 2, "model must be an nn.Module, got int"),
         ("{name}:batches", "{name}:nothing", 3, "data must have at least one batch, got none"),
         ("{name}:batches", "{name}:number", 3, "data must be an iterable, got int"),
+        ("{name}:batches", "{name}:pairs", 3, "data must give what .*got a list of 2; of a loader"),
         ("- w8a8", "- w9a9", 6, r"rules.1 must be a rule or one of .*, got 'w9a9'"),
         ("num_bits: 4", "num_bits: 40", 5, r"rules.0 must be a rule: QuantSpec: num_bits must be"),
         ("num_bits", "bits", 5, r"rules.0 must be a rule: from_dict: QuantSpec must have fields"),
@@ -191,6 +195,12 @@ def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
         ("onnx: model.onnx", "tflite: model.tflite", 14, "outputs.tflite must be a key among"),
         ("onnx: model.onnx", "onnx: no/model.onnx", 14, "outputs.onnx must be in a folder that is"),
         ("data:", "params: none.bin\n    data:", 3, "params must be a file of tensors"),
+        (
+            "data:",
+            "params: recipe.yaml\n    data:",
+            3,
+            "params must be .*recipe.yaml, which is not safe.* torch.save is a pickle",
+        ),
         ("calibration:", "calibration", 7, "must be YAML, got could not find expected ':'"),
     ],
 )

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fquant.graph import qdq_ops
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.pattern import Lowering, NotLowered, Pattern, find_pattern, why_not_int8
 from fquant.graph.qdq_ops import is_quantize, quantization_of
@@ -76,6 +76,7 @@ def lower(
         >>> report.kept
         ('0/linear#0.input',)
     """
+    require_program("lower", program)
     editor = Editor(program)
     _mark_edges(editor, edges or {})
     tidy(editor)

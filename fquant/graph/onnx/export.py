@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from fquant.affine import quantize
 from fquant.calibration import at_site
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.onnx.qdq import QUANTIZER, qdq_translations
 from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
 from fquant.graph.onnx.types import onnx_type_of
@@ -62,6 +62,7 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     References:
         ONNX operators QuantizeLinear and DequantizeLinear, version 21.
     """
+    require_program("to_onnx", program)
     onnx = require_package("onnx", "fquant.to_onnx", "onnx")
     require_package("onnxscript", "fquant.to_onnx", "onnx")
     inside = _require_expressible(program)

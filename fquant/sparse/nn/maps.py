@@ -167,7 +167,10 @@ def _collect(key: str, kernel_map: KernelMap) -> None:
 
 def _require_record(owner: str, x: object) -> None:
     if not isinstance(x, SparseTensor):
-        raise TypeError(f"{owner}: x must be a SparseTensor, got {type(x).__name__}.")
+        hint = ""
+        if type(x).__name__ == "SparseConvTensor":
+            hint = " fquant.interop.spconv.from_spconv(x) is one; SparseTensor takes the same arguments."
+        raise TypeError(f"{owner}: x must be a SparseTensor, got {type(x).__name__}.{hint}")
 
 
 def _require_readable(owner: str, key: str, *tensors: SparseTensor) -> None:
