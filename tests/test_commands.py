@@ -119,7 +119,7 @@ def test_inspect_says_what_is_in_each(outputs, capsys):
 
 def test_inspect_shows_records_and_plain_safetensors(tmp_path, capsys):
     q = fq.quantize(torch.ones(2, 3), 0.5, spec=fq.QuantSpec(4, unsigned=True))
-    fq.save(tmp_path / "tree", {"q": [q, fq.pack(q)], "none": None})
+    fq.save(tmp_path / "tree", {"q": {0: q, 1: fq.pack(q)}, "none": None})
     assert main(["inspect", str(tmp_path / "tree")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["q/0", "uint4", "int8", "2x3", "6", "B", "0.5"] in rows
