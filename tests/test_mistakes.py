@@ -1,5 +1,6 @@
 """What a user of models and programs may get wrong: refused, or reported, with the way out."""
 
+import inspect
 import re
 
 import pytest
@@ -123,3 +124,8 @@ def test_recipes_are_named_when_they_are_no_text(tmp_path):
         fq.load_recipe(path)
     with pytest.raises(ValueError, match=r"load_recipe: path must end in \.json"):
         fq.load_recipe(tmp_path / "not_there.safetensors")
+
+
+def test_help_shows_signatures_without_whole_tables():
+    for function in (fq.make_plan, fq.calibrate_model, fq.fake_quant, fq.export_qdq, fq.lower):
+        assert len(str(inspect.signature(function))) < 1500, function.__name__
