@@ -35,11 +35,15 @@ class Quantizer:
         learn: whether the scale is meant to be trained (`fquant.split_qstate`), and by which
             derivative: True, that of clipping (`fquant.fake_quantize`); "lsq", with LSQ's gradient scale
             (`fquant.fake_quantize_lsq`); "pact", that of the clipping end `scale * q_max`
-            (`fquant.learned_clip`), on an unsigned grid. The values are the same for all.
+            (`fquant.learned_clip`), on an unsigned grid. The values are the same for all. True and
+            "pact" give the derivative by the step, `q_max` times that by amax: to train amax at a rate
+            with SGD, train the step at `rate / q_max^2`, as a parameter group of its own.
         groups: the first axis is taken apart into (groups, rest) before axes count; set by plans.
         symmetric: False for a range from the smallest to the largest value, with a zero point.
 
-    With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale.
+    With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale. Groups
+    of a linear layer's weight along its inputs are `Quantizer(QuantSpec(4, axis=(0, 1), block=(1, 32)),
+    "axis")`; with "channel" a block is of output channels.
 
     Raises:
         TypeError: spec is no Format, or observer no Observer.

@@ -136,7 +136,15 @@ class FakeQuantizing(Planned):
         self.qstate = qstate
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        return at_site(name, self._on_grid, name, x, action)
+        try:
+            return at_site(name, self._on_grid, name, x, action)
+        except ValueError as error:
+            if action.learn:
+                error.add_note(
+                    "This scale is trained: if a step took it out of the positive numbers, it needs a "
+                    "lower learning rate than the weights do (fquant.Quantizer, learn)."
+                )
+            raise
 
     def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
         if hasattr(x, "features"):

@@ -77,6 +77,26 @@ def test_what_a_model_raises_in_calibration_has_a_note_on_the_batch():
     assert "batch 0 is a tensor of shape (8, 3)." in raised.value.__notes__[0]
 
 
+def test_a_trained_scale_needs_a_rate_of_its_own():
+    """At the rate for amax a step of SGD overshoots 127^2 times; at rate / 127^2 it is amax's step."""
+    learn = fq.Quantizer(fq.QuantSpec(8), learn=True)
+    plan = fq.make_plan(MODEL, [fq.OpRule(inputs=learn)], (X,))
+    scales = fq.finalize(plan, fq.calibrate_model(MODEL, plan, PARAMS, [X / 2], progress=False))
+    forward, rate, name = fq.fake_quant(MODEL, plan), 0.05, "0/linear#0.input"
+
+    def loss(scale):
+        return -forward(PARAMS, {**scales, name: scale}, X).square().sum()
+
+    amax = scales[name] * 127
+    by_amax = amax - rate * torch.func.grad(lambda a: loss(a / 127))(amax)
+    by_step = scales[name] - rate / 127**2 * torch.func.grad(loss)(scales[name])
+    torch.testing.assert_close(by_step * 127, by_amax)
+    assert by_amax != amax
+    with pytest.raises(ValueError, match=r"site '0/linear#0.input': .*positive") as raised:
+        forward(PARAMS, {**scales, name: scales[name] - 0.05}, X)
+    assert "lower learning rate" in raised.value.__notes__[0]
+
+
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
