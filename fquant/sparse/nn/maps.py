@@ -177,7 +177,8 @@ def _require_readable(owner: str, key: str, *tensors: SparseTensor) -> None:
     if not values_readable(*(x.coords for x in tensors)):
         raise ValueError(
             f"{owner}: x.maps must have {key!r} where values cannot be read (under torch.compile, "
-            "export, make_plan). fquant.sparse.nn.with_maps(model, x) puts it there."
+            "export, make_plan). fquant.sparse.nn.with_maps(model, x) puts it there; a model that makes "
+            "x itself is planned with make_plan(..., fake=False)."
         )
 
 
