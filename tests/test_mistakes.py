@@ -149,3 +149,15 @@ def test_recipes_are_named_when_they_are_no_text(tmp_path):
 def test_help_shows_signatures_without_whole_tables():
     for function in (fq.make_plan, fq.calibrate_model, fq.fake_quant, fq.export_qdq, fq.lower):
         assert len(str(inspect.signature(function))) < 1500, function.__name__
+
+
+def test_sparse_modules_say_where_another_kind_of_tensor_comes_from():
+    block = nn.Sequential(fq.sparse.nn.SubMConv1d(1, 1, 3))  # no SparseModule
+    x = fq.sparse.SparseTensor.from_dense(torch.ones(1, 1, 3))
+    with pytest.raises(
+        TypeError, match=r"got Tensor\. A SparseSequential hands features to modules"
+    ):
+        fq.sparse.nn.SparseSequential(block)(x)
+    other = type("SparseConvTensor", (), {})()
+    with pytest.raises(TypeError, match=r"got SparseConvTensor\. from_spconv\(x\)"):
+        block(other)
