@@ -159,5 +159,5 @@ def test_sparse_modules_say_where_another_kind_of_tensor_comes_from():
     ):
         fq.sparse.nn.SparseSequential(block)(x)
     other = type("SparseConvTensor", (), {})()
-    with pytest.raises(TypeError, match=r"got SparseConvTensor\. from_spconv\(x\)"):
+    with pytest.raises(TypeError, match=r"got SparseConvTensor\..* from_spconv\(x\)"):
         block(other)

@@ -169,7 +169,7 @@ def _require_record(owner: str, x: object) -> None:
     if not isinstance(x, SparseTensor):
         hint = ""
         if type(x).__name__ == "SparseConvTensor":
-            hint = " from_spconv(x) of fquant.interop.spconv is one; SparseTensor takes the same arguments."
+            hint = " fquant.interop.spconv's from_spconv(x) is one; SparseTensor has its arguments."
         elif isinstance(x, Tensor):
             hint = " A SparseSequential hands features to modules that are not SparseModules."
         raise TypeError(f"{owner}: x must be a SparseTensor, got {type(x).__name__}.{hint}")
