@@ -122,8 +122,9 @@ class Planned(Interpreter):
         actions = self.sites.get(name)
         if actions is None and _could_be_a_site(op, call):
             raise ValueError(
-                f"site {name!r}: must be in the plan, which has {len(self.sites)} others. Make the "
-                "plan with arguments that reach it, or join it to another with Plan.merge."
+                f"site {name!r}: must be in the plan, which has {len(self.sites)} others. If that is "
+                "a plan of this model, make it with arguments that reach the site, or join it to "
+                "another with Plan.merge."
             )
         return {} if actions is None else actions
 

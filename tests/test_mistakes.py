@@ -25,6 +25,10 @@ W4 = fq.QuantSpec(4)
         (lambda: fq.make_plan(MODEL, fq.w8a8()[0], (X,)), r"make_plan: rules must be a list"),
         (lambda: fq.make_plan(MODEL, [fq.Rule(".*", W4)], (X,)), r"rules .* got Rule\("),
         (lambda: fq.assign_specs(PARAMS, fq.w8a8()), r"assign_specs: rules .*OpRules are for make"),
+        (
+            lambda: fq.fake_quant_params(PARAMS, fq.w8a8()),
+            r"fake_quant_params: specs must be a dict .*assign_specs\(params, rules\), got list",
+        ),
         (lambda: fq.Quantizer(8), r"Quantizer: spec must be a QuantSpec, .*got 8"),
         (lambda: fq.Quantizer(observer="mse"), r"Quantizer: observer .*Observer\(method='mse'\)"),
         (lambda: fq.fake_quant(MODEL, fq.w8a8()), r"fake_quant: plan must be a Plan, .*got list"),
