@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fquant_kernels
 from fquant.affine import dequantize, quantize
-from fquant.checks import values_readable
+from fquant.checks import require_no_derivative, values_readable
 from fquant.records import QTensor
 from fquant.sparse import SparseTensor, global_avg_pool, max_pool, sparse_conv_int8
 from fquant.sparse.conv import outputs
@@ -119,6 +119,7 @@ def int8_network(
     Raises:
         ValueError: layers are no network, or int8 names no convolution of it; (when called) x does not
             fit the first layer, or maps are of other cells.
+        RuntimeError: (when called) under a derivative of `torch.func` by the features.
     """
     check_layers(layers)
     steps = tuple(with_inputs(layers))
@@ -139,6 +140,8 @@ def int8_network(
 
     def forward(deployed: Deployed, x: SparseTensor, maps: Maps) -> Any:
         require_cells("int8_network", x, maps, entry)
+        if isinstance(x.features, Tensor):
+            require_no_derivative("int8_network", x.features)
         values: dict[str, Value] = {NETWORK_INPUT: kept(NETWORK_INPUT, x, deployed)}
         for layer in steps:
             kernel_map = maps[keys[layer.name]] if layer.name in keys else None

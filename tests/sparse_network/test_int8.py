@@ -264,3 +264,21 @@ def test_maps_of_other_cells_are_refused():
             function(x, {})
     copied = SparseTensor(x.features, x.coords.clone(), x.spatial_shape, x.batch_size)
     assert torch.equal(int8(deployed, copied, there).features, int8(deployed, x, there).features)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(x),
+        lambda f, x: torch.func.vmap(torch.func.grad(f))(x[None]),
+    ],
+)
+def test_a_derivative_is_refused_and_not_zero(transform):
+    x = networks.scene(0, 0.4)
+    maps = make_maps(LAYERS, x)
+    _, deployed = networks.quantized(LAYERS, ALL, x)
+    int8 = int8_network(LAYERS, ALL)
+    with pytest.raises(RuntimeError, match=r"int8_network has no derivative.*fake_quant"):
+        transform(lambda f: int8(deployed, x.with_features(f), maps).features.sum(), x.features)
