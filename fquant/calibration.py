@@ -96,7 +96,11 @@ def at_site(site: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def require_sites(function: str, argument: str, given: Stats, wanted: Iterable[str]) -> None:
-    """Raises ValueError unless a tree has exactly the names wanted."""
+    """Raises unless a tree is a dict with exactly the names wanted."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{function}: {argument} must be a dict by quantizer, got {type(given).__name__}."
+        )
     count = 0
     for name in wanted:
         count += 1

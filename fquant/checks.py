@@ -97,6 +97,20 @@ def require_same_device(function: str, argument: str, value: Tensor, like: Tenso
         )
 
 
+def require_no_derivative(function: str, x: Tensor) -> None:
+    """Raises RuntimeError where `torch.func` differentiates by x; integers would give silent zeros."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            raise RuntimeError(
+                f"{function} has no derivative: it computes in integers. Train with fquant.fake_quant; "
+                "this is for deployment."
+            )
+        x = functorch.get_unwrapped(x)
+
+
 def require_data(function: str, argument: str, value: Tensor) -> None:
     """Raises ValueError if a tensor is on the meta device, where there are no values to read."""
     if value.is_meta:

@@ -281,3 +281,13 @@ class FloatFormat:
         ones = 2 ** (self.exp + self.man) - 1
         quiet = ones - (2 ** (self.man - 1) - 1) if self.man else ones
         return quiet if self.finite == "ieee" else ones
+
+
+def grid_name(spec: Format) -> str:
+    """Returns what tables call a grid: "int8", "uint4", "e4m3fn", "Codebook of 4 bits"."""
+    if isinstance(spec, FloatFormat):
+        return f"e{spec.exp}m{spec.man}{spec.finite if spec.finite in ('fn', 'fnuz') else ''}"
+    unsigned = getattr(spec, "unsigned", None)
+    if unsigned is None:
+        return f"{type(spec).__name__} of {spec.num_bits} bits"
+    return f"{'u' if unsigned else ''}int{spec.num_bits}"

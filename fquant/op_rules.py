@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 
 from torch import Tensor
 
-from fquant.formats import Format
+from fquant.formats import Format, require_format
 from fquant.interception.operation import Layout
 from fquant.observers import MaxObserver, MinMaxObserver, Observer
 from fquant.presets import E4M3
@@ -30,17 +30,23 @@ class Quantizer:
             `dynamic`; or "axis", `spec.axis` as it stands.
         dynamic: take the range from the tensor itself at every call, instead of from calibration.
         observer: what collects the range in calibration; its `axis` follows from `per`, its `block`
-            from spec. `MaxObserver`, or `MinMaxObserver` for an asymmetric range, unless given.
+            and the grid that a histogram is read out for (its `spec`) from spec. `MaxObserver`, or
+            `MinMaxObserver` for an asymmetric range, unless given.
         learn: whether the scale is meant to be trained (`fquant.split_qstate`), and by which
             derivative: True, that of clipping (`fquant.fake_quantize`); "lsq", with LSQ's gradient scale
             (`fquant.fake_quantize_lsq`); "pact", that of the clipping end `scale * q_max`
-            (`fquant.learned_clip`), on an unsigned grid. The values are the same for all.
+            (`fquant.learned_clip`), on an unsigned grid. The values are the same for all. True and
+            "pact" give the derivative by the step, `q_max` times that by amax: to train amax at a rate
+            with SGD, train the step at `rate / q_max^2`, as a parameter group of its own.
         groups: the first axis is taken apart into (groups, rest) before axes count; set by plans.
         symmetric: False for a range from the smallest to the largest value, with a zero point.
 
-    With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale.
+    With `per="token"`, `spec.block` is how many neighbours along the channel axis share a scale. Groups
+    of a linear layer's weight along its inputs are `Quantizer(QuantSpec(4, axis=(0, 1), block=(1, 32)),
+    "axis")`; with "channel" a block is of output channels.
 
     Raises:
+        TypeError: spec is no Format, or observer no Observer.
         ValueError: per or learn is unknown; per token without dynamic; an asymmetric range with a grid
             that is not of integers, an observer that has no `range`, or a learned scale of another kind
             than clipping; PACT on a signed grid.
@@ -59,6 +65,12 @@ class Quantizer:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        require_format("Quantizer", self.spec)
+        if not hasattr(self.observer, "update"):
+            raise TypeError(
+                "Quantizer: observer must be an Observer, such as HistogramObserver(method='mse'), "
+                f"got {self.observer!r}."
+            )
         if self.per not in ("tensor", "channel", "token", "axis"):
             raise ValueError(
                 f"Quantizer: per must be 'tensor', 'channel', 'token' or 'axis', got {self.per!r}."
@@ -115,7 +127,7 @@ class Quantizer:
         if block is not None:
             spec = replace(spec, block=block)
         observer: Any = self.observer
-        for name, value in (("axis", axis), ("block", block)):
+        for name, value in (("axis", axis), ("block", block), ("spec", self.spec)):
             if getattr(observer, name, value) != value:
                 observer = replace(observer, **{name: value})
         if block is not None and not self.dynamic and not hasattr(observer, "block"):

@@ -44,6 +44,7 @@ def fake_quant_params(
         scales: the step of each of these names; None to take them from params as they are now.
 
     Raises:
+        TypeError: specs are no dict.
         ValueError: specs names a parameter, or scales lacks one, that the other has.
 
     Example:
@@ -91,6 +92,11 @@ def _scales_for(
 def _require_names(
     function: str, argument: str, wanted: Mapping[str, Any], available: Mapping[str, Any]
 ) -> None:
+    if not isinstance(wanted, Mapping):
+        raise TypeError(
+            f"{function}: specs must be a dict of QuantSpecs by name, from assign_specs(params, rules), "
+            f"got {type(wanted).__name__}."
+        )
     missing = [name for name in wanted if name not in available]
     if missing and argument == "specs":
         raise ValueError(f"{function}: specs must name parameters of params, got {missing}.")

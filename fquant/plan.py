@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from fquant.formats import grid_name
 from fquant.observers import Observer
 from fquant.op_rules import OpRule, Quantizer, skip
 
@@ -121,6 +122,15 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {rest}" for name, rest in rows)
 
 
+def require_plan(function: str, plan: object) -> None:
+    """Raises TypeError unless plan is a Plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"{function}: plan must be a Plan, from make_plan(model, rules, args), "
+            f"got {type(plan).__name__}."
+        )
+
+
 def skip_first_and_last(plan: Plan) -> list[OpRule]:
     """Returns rules that leave the first and the last layer with a weight in floating point.
 
@@ -157,7 +167,5 @@ def _grid(operand: Operand) -> str:
     q = operand.quantizer
     if q is None:
         return "float"
-    bits = getattr(q.spec, "num_bits", type(q.spec).__name__)
-    kind = "uint" if getattr(q.spec, "unsigned", False) else "int"
     axis = "" if q.spec.axis is None else f" axis {q.spec.axis}"
-    return f"{kind}{bits}{axis}{' dynamic' if q.dynamic else ''}"
+    return f"{grid_name(q.spec)}{axis}{' dynamic' if q.dynamic else ''}"

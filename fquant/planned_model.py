@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fquant.calibration import at_site, state_types
+from fquant.checks import values_readable
 from fquant.interception.interpreter import Interpreter
 from fquant.interception.operation import Arguments, Op, floats_of
 from fquant.interception.ops import Ops
@@ -40,7 +41,7 @@ class PlannedModel:
         shadow: the model's shadow; its tensors are the model's.
         parameters: names of the parameters, each once.
         buffers: by name.
-        known: `{alias: name}` of every parameter.
+        known: `{alias: name}` of every parameter and buffer.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, train: bool | None, ops: Ops) -> None:
@@ -56,31 +57,47 @@ class PlannedModel:
         self.shadow = shadow_of(model, ops.forwards, train, plan.method)
         self.parameters = tuple(name for name, _ in self.shadow.named_parameters())
         self.buffers = dict(self.shadow.named_buffers())
-        aliases = self.shadow.named_parameters(remove_duplicate=False)
-        names = {id(p): n for n, p in self.shadow.named_parameters()}
-        self.known = {name: names[id(p)] for name, p in aliases}
+        aliases = [
+            *self.shadow.named_parameters(remove_duplicate=False),
+            *self.shadow.named_buffers(remove_duplicate=False),
+        ]
+        names = {id(t): n for n, t in reversed(aliases)}
+        self.known = {name: names[id(t)] for name, t in aliases}
         self._threads = threading.local()
 
     def run(
         self, function: str, interpreter: Interpreter, params: Params, args: Any, kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Returns the model's output and its buffers after the call."""
-        state = dict(params)
-        given = set()
-        for name in params:
-            if name in self.known:
-                given.add(self.known[name])
-            elif name not in self.buffers:
+        state = self.named_once(function, params)
+        for name, buffer in self.buffers.items():
+            state[name] = state.get(name, buffer).clone()
+        y = interpreter.run(functional_call, self._shadow(), state, args, kwargs)
+        return y, {name: state[name] for name in self.buffers}
+
+    def named_once(self, function: str, params: Params) -> dict[str, Tensor]:
+        """Returns params with each tensor under one name, checked; a state dict has all names."""
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"{function}: params must be a dict of tensors by name, such as model.state_dict(), "
+                f"got {type(params).__name__}."
+            )
+        state: dict[str, Tensor] = {}
+        for name, tensor in params.items():
+            if name not in self.known:
                 raise ValueError(
                     f"{function}: params must name tensors of the model, got {name!r}."
                 )
+            one = self.known[name]
+            if not _same(state.setdefault(one, tensor), tensor):
+                raise ValueError(
+                    f"{function}: params must have one tensor for {one!r} and {name!r}, which are one "
+                    f"in the model, got two. Leave out {name!r}."
+                )
         for name in self.parameters:
-            if name not in given:
+            if name not in state:
                 raise ValueError(f"{function}: params must have every parameter, lacks {name!r}.")
-        for name, buffer in self.buffers.items():
-            state[name] = params.get(name, buffer).clone()
-        y = interpreter.run(functional_call, self._shadow(), state, args, kwargs)
-        return y, {name: state[name] for name in self.buffers}
+        return state
 
     def _shadow(self) -> nn.Module:
         """One shadow per thread: functional_call puts tensors into it while it runs.
@@ -105,8 +122,9 @@ class Planned(Interpreter):
         actions = self.sites.get(name)
         if actions is None and _could_be_a_site(op, call):
             raise ValueError(
-                f"site {name!r}: must be in the plan, which has {len(self.sites)} others. Make the "
-                "plan with arguments that reach it, or join it to another with Plan.merge."
+                f"site {name!r}: must be in the plan, which has {len(self.sites)} others. If that is "
+                "a plan of this model, make it with arguments that reach the site, or join it to "
+                "another with Plan.merge."
             )
         return {} if actions is None else actions
 
@@ -119,7 +137,15 @@ class FakeQuantizing(Planned):
         self.qstate = qstate
 
     def operand(self, name: str, action: Quantizer, x: Any) -> Any:
-        return at_site(name, self._on_grid, name, x, action)
+        try:
+            return at_site(name, self._on_grid, name, x, action)
+        except ValueError as error:
+            if action.learn:
+                error.add_note(
+                    "This scale is trained: if a step took it out of the positive numbers, it needs a "
+                    "lower learning rate than the weights do (fquant.Quantizer, learn)."
+                )
+            raise
 
     def _on_grid(self, name: str, x: Any, quantizer: Quantizer) -> Any:
         if hasattr(x, "features"):
@@ -138,6 +164,13 @@ class FakeQuantizing(Planned):
     ) -> Tensor:
         """Returns x on the grid."""
         return fake_quantize_operand(x, quantizer, scale, zero_point)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same object, or the same memory, as in a state dict."""
+    if a is b or a.shape != b.shape:
+        return a is b
+    return values_readable(a, b) and (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride())
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

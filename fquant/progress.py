@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from fquant.optional import require_package
+
 T = TypeVar("T")
 
 
@@ -22,6 +24,5 @@ def progress_bar(items: Iterable[T], description: str, show: bool | None) -> Ite
         show = importlib.util.find_spec("tqdm") is not None
     if not show:
         return iter(items)
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=description, leave=False))
+    tqdm = require_package("tqdm", "A progress bar", "progress")
+    return iter(tqdm.tqdm(items, desc=description, leave=False))

@@ -17,7 +17,7 @@ from fquant.affine import fake_quantize
 from fquant.calibration import at_site, require_stats, state_types
 from fquant.learned import fake_quantize_lsq, learned_clip
 from fquant.op_rules import Quantizer
-from fquant.plan import Plan
+from fquant.plan import Plan, require_plan
 from fquant.scales import compute_amax, compute_scale, compute_scale_zero_point
 from fquant.straight_through import straight_through
 
@@ -60,6 +60,7 @@ def finalize(plan: Plan, stats: State) -> dict[str, Tensor]:
         >>> finalize(plan, stats)
         {'linear#0.input': tensor(0.0100), 'linear#0.input.zero_point': tensor(-28.)}
     """
+    require_plan("finalize", plan)
     require_stats("finalize", stats, state_types(plan.observers))
     qstate: dict[str, Tensor] = {}
     for name, observer in plan.observers.items():

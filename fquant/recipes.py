@@ -56,9 +56,10 @@ def load_recipe(path: str | Path, *classes: type) -> Any:
             not known, or a field that a class has not. The message names the file.
         ImportError: YAML without PyYAML.
     """
-    text = Path(path).read_text()
+    in_yaml = _is_yaml("load_recipe", path)
     try:
-        if _is_yaml("load_recipe", path):
+        text = Path(path).read_text()
+        if in_yaml:
             yaml = _yaml()
             try:
                 data = yaml.safe_load(text)

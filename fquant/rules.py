@@ -49,11 +49,19 @@ def assign_specs(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Quant
         names: dotted parameter names; a parameter dict will do.
         rules: in order of precedence.
 
+    Raises:
+        TypeError: rules holds anything but Rules.
+
     Example:
         >>> rules = [Rule(r"head\..*", None), Rule(r".*weight", QuantSpec(axis=0))]
         >>> list(assign_specs(["conv.weight", "conv.bias", "head.weight"], rules))
         ['conv.weight']
     """
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"assign_specs: rules must be Rules of names (OpRules are for make_plan), got {rule!r}."
+            )
     specs: dict[str, QuantSpec] = {}
     used = [False] * len(rules)
     for name in names:

@@ -21,12 +21,10 @@ from fquant.interception.nesting import outside_transforms, transform_level
 from fquant.interception.operation import floats_of
 from fquant.interception.ops import DEFAULT_OPS, Ops
 from fquant.op_rules import Quantizer
-from fquant.plan import Plan
+from fquant.plan import Plan, require_plan
 from fquant.planned_model import FakeQuantizing, Params, Planned, PlannedModel, grouped
 from fquant.progress import progress_bar
-from fquant.qstate import (
-    State,
-)
+from fquant.qstate import State
 
 
 def init_stats(plan: Plan) -> dict[str, Any]:
@@ -58,6 +56,7 @@ def observe(
         ValueError: (when called) stats are of another plan; params lack a parameter or have unknown
             names; the model runs an operation that the plan has not seen. The message names it.
     """
+    require_plan("observe", plan)
     program = PlannedModel(model, plan, train, ops)
 
     def observed(params: Params, stats: State, *args: Any, **kwargs: Any) -> Any:
@@ -96,6 +95,7 @@ def fake_quant(
         >>> fake_quant(model, plan)(params, qstate, torch.ones(1, 2))
         tensor([[1.2857]])
     """
+    require_plan("fake_quant", plan)
     program = PlannedModel(model, plan, train, ops)
 
     def fake_quantized(params: Params, qstate: State, *args: Any, **kwargs: Any) -> Any:
@@ -129,18 +129,44 @@ def calibrate_model(
         progress: whether to show a progress bar (tqdm); None to show one if tqdm is installed.
 
     Raises:
-        ValueError: as `observe`.
+        TypeError, ValueError: as `observe`; what the model raises has a note that names the batch.
+
+    Example:
+        >>> images, labels = torch.randn(32, 4), torch.zeros(32)
+        >>> dataset = torch.utils.data.TensorDataset(images, labels)
+        >>> loader = torch.utils.data.DataLoader(dataset, batch_size=8)
+        >>> model = torch.nn.Linear(4, 2)
+        >>> plan = fquant.make_plan(model, fquant.w8a8(), (images[:1],))
+        >>> batches = (image for image, label in loader)     # what the model takes
+        >>> stats = calibrate_model(model, plan, model.state_dict(), batches, progress=False)
+        >>> torch.equal(stats["linear#0.input"].amax, images.abs().amax())
+        True
     """
     watched = observe(model, plan, train=False, ops=ops)
     states: Any = init_stats(plan) if stats is None else stats
-    for batch in progress_bar(batches, "calibrate", progress):
+    for i, batch in enumerate(progress_bar(batches, "calibrate", progress)):
         args: tuple[Any, ...] = batch if isinstance(batch, tuple) else (batch,)
-        with torch.no_grad():
-            if isinstance(batch, dict):
-                states = watched(params, states, **batch)[1]
-            else:
-                states = watched(params, states, *args)[1]
+        try:
+            with torch.no_grad():
+                if isinstance(batch, dict):
+                    states = watched(params, states, **batch)[1]
+                else:
+                    states = watched(params, states, *args)[1]
+        except Exception as error:
+            error.add_note(
+                f"calibrate_model: batch {i} is a {_described(batch)}. A tuple holds positional "
+                "arguments, a dict keyword ones, anything else is one argument. Of a loader of "
+                "images and labels, give the images: (batch[0] for batch in loader)."
+            )
+            raise
     return dict(states)
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"tensor of shape {tuple(batch.shape)}"
+    size = f" of {len(batch)}" if isinstance(batch, list | tuple | dict) else ""
+    return type(batch).__name__ + size
 
 
 class _Observe(Planned):

@@ -33,6 +33,9 @@ MODULE = """
     def broken():
         raise RuntimeError("out of eggs")
 
+    def pairs():
+        return [[batch, 0] for batch in batches()]
+
     nothing = []
     number = 3
 """
@@ -76,7 +79,7 @@ def test_quantize_writes_what_the_recipe_says(outputs):
     assert "calibrate" in progress  # the progress bar
     lines = printed.splitlines()
     row = next(line.split() for line in lines if line.strip().startswith("2/linear#0.weight"))
-    assert row[:7] == ["2/linear#0.weight", "QuantSpec", "of", "4", "bits", "4", row[6]]
+    assert row[:3] == ["2/linear#0.weight", "int4", "4"]
     assert any(line.startswith("3 batches, ") for line in lines)
     state = fq.load(folder / "state.safetensors")
     sys.path.insert(0, str(folder))
@@ -116,7 +119,7 @@ def test_inspect_says_what_is_in_each(outputs, capsys):
 
 def test_inspect_shows_records_and_plain_safetensors(tmp_path, capsys):
     q = fq.quantize(torch.ones(2, 3), 0.5, spec=fq.QuantSpec(4, unsigned=True))
-    fq.save(tmp_path / "tree", {"q": [q, fq.pack(q)], "none": None})
+    fq.save(tmp_path / "tree", {"q": {0: q, 1: fq.pack(q)}, "none": None})
     assert main(["inspect", str(tmp_path / "tree")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["q/0", "uint4", "int8", "2x3", "6", "B", "0.5"] in rows
@@ -180,6 +183,7 @@ def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
         ("{name}:model", "{name}:number", 2, "model must be an nn.Module, got int"),
         ("{name}:batches", "{name}:nothing", 3, "data must have at least one batch, got none"),
         ("{name}:batches", "{name}:number", 3, "data must be an iterable, got int"),
+        ("{name}:batches", "{name}:pairs", 3, "data must give what .*got a list of 2; of a loader"),
         ("- w8a8", "- w9a9", 6, r"rules.1 must be a rule or one of .*, got 'w9a9'"),
         ("num_bits: 4", "num_bits: 40", 5, r"rules.0 must be a rule: QuantSpec: num_bits must be"),
         ("num_bits", "bits", 5, r"rules.0 must be a rule: from_dict: QuantSpec must have fields"),
@@ -191,6 +195,12 @@ def test_inspect_of_what_is_no_such_file(outputs, tmp_path, capsys):
         ("onnx: model.onnx", "tflite: model.tflite", 14, "outputs.tflite must be a key among"),
         ("onnx: model.onnx", "onnx: no/model.onnx", 14, "outputs.onnx must be in a folder that is"),
         ("data:", "params: none.bin\n    data:", 3, "params must be a file of tensors"),
+        (
+            "data:",
+            "params: recipe.yaml\n    data:",
+            3,
+            "params must be .*recipe.yaml, which is not safe.* torch.save is a pickle",
+        ),
         ("calibration:", "calibration", 7, "must be YAML, got could not find expected ':'"),
     ],
 )

@@ -186,6 +186,30 @@ def test_exceptions_inside_a_model_leave_everything_in_place():
     assert torch.equal(forward(params, qstate, x), y)
 
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.block = nn.Sequential(self.norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.b(self.block(self.a(x)))
+
+
+def test_a_state_dict_may_name_a_tensor_twice():
+    model, x = Shared().eval(), torch.randn(4, 2)
+    _, y, plan, forward, params, qstate = run(model, x)
+    state = model.state_dict()
+    assert {"b.weight", "block.0.running_mean"} <= state.keys() - params.keys()
+    assert torch.equal(forward(state, qstate, x), y)
+    program = fq.export_qdq(model, plan, state, qstate, (x,))
+    assert torch.equal(program.module()(x), y)
+    two = {**state, "b.weight": state["b.weight"].clone()}
+    with pytest.raises(ValueError, match=r"one tensor for 'a.weight' and 'b.weight'.*Leave out"):
+        forward(two, qstate, x)
+
+
 def test_threads_do_not_meet():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

@@ -1,5 +1,7 @@
 """What one quantizer of a plan can be: asymmetric, in blocks, learned, with its own observer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,6 +132,19 @@ def test_every_rule_has_its_own_observer():
         assert torch.equal(qstate[f"{i}/linear#0.input"], fq.compute_scale(kind.amax(state)))
 
 
+@pytest.mark.parametrize("spec", [fq.QuantSpec(4), fq.QuantSpec(3, unsigned=True), fq.E2M1])
+def test_a_histogram_is_read_out_for_the_grid_of_its_quantizer(spec):
+    """Not for 8 bits, the observer's default: at 4 bits the best amax is a third smaller."""
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)).abs()
+    observer = fq.HistogramObserver(method="mse")
+    *_, qstate, _, _ = prepared(fq.Quantizer(spec, observer=observer), x)
+    for_eight_bits = observer.amax(observer.update(observer.init(), x))
+    expected = replace(observer, spec=spec).amax(observer.update(observer.init(), x))
+    assert not torch.equal(expected, for_eight_bits)
+    amax = qstate["linear#0.input"] * spec.q_max
+    torch.testing.assert_close(amax, expected)
+
+
 def test_scales_are_observed_again_every_so_many_steps():
     """The loop of a training run: frozen scales, taken anew every 3 steps from what those steps saw."""
     _, params, qstate, plan, _ = prepared(fq.QuantSpec(), weight=fq.QuantSpec())
@@ -181,3 +196,31 @@ def test_observers_that_know_no_blocks_are_named():
                           observer=fq.MovingAverageObserver())  # fmt: skip
     with pytest.raises(ValueError, match=r"observer must know blocks .*MovingAverageObserver"):
         fq.make_plan(nn.Linear(6, 2), [fq.OpRule(weight=blocks)], (X,))
+
+
+class Outputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+
+    def forward(self, indices, x):
+        return self.table(indices), fq.site("mark", x)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "axes"),
+    [
+        (fq.Quantizer(per="channel"), (-1, -1)),
+        (fq.Quantizer(per="token", dynamic=True), ((0, 1), (0, 1, 2))),
+        (fq.Quantizer(fq.E4M3), (None, None)),
+    ],
+)
+def test_axes_of_outputs_are_those_of_the_result(quantizer, axes):
+    """Not of the first operand, an embedding's table of two axes, and not of a mark's none."""
+    rules = [fq.OpRule(ops=("embedding", "site"), output=quantizer)]
+    args = (torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 3, 4, 7))
+    plan = fq.make_plan(Outputs(), rules, args)
+    outputs = [site.operands[-1] for site in plan.sites]
+    assert [o.shape for o in outputs] == [(2, 5, 6), (2, 3, 4, 7)]
+    assert tuple(o.quantizer.spec.axis for o in outputs) == axes
+    assert ("output 2x5x6 e4m3fn" in str(plan)) == (quantizer.spec == fq.E4M3)

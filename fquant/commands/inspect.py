@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fquant.commands.program_archive import read_program_archive
 from fquant.commands.table import print_table, size_text
+from fquant.formats import grid_name
 from fquant.graph import format_from_text, granularity_of
 from fquant.optional import require_package
 from fquant.recipes import from_dict
@@ -85,7 +86,7 @@ def _rows_of_tree(node: Any, tensors: dict[str, Tensor], path: str) -> Iterator[
         scale = _range(tensors[fields["scale"]["tensor"]])
         yield (path, kind, _dtype(q), _shape(q), size_text(q.nbytes), scale)
         return
-    children = fields or node.get("dict") or {}
+    children = fields or _entries(node)
     if not children:
         children = {str(i): v for i, v in enumerate(node.get("list") or node.get("tuple") or ())}
     for name, child in children.items():
@@ -98,8 +99,13 @@ def _rows_of_recipes(node: Any, path: str) -> Iterator[tuple[str, str]]:
         if node["recipe"].get("kind") == "Plan":
             yield path, str(from_dict(node["recipe"]))
     elif isinstance(node, dict):
-        for name, child in node.get("dict", {}).items():
+        for name, child in _entries(node).items():
             yield from _rows_of_recipes(child, f"{path}/{name}" if path else name)
+
+
+def _entries(node: Any) -> dict[str, Any]:
+    """The values of a dict, whose keys may be integers."""
+    return {str(key): v for key, v in [*node.get("dict", {}).items(), *node.get("items", ())]}
 
 
 def _card(path: Path) -> None:
@@ -222,6 +228,4 @@ def _range(scale: Tensor) -> str:
 
 
 def _grid_of(spec: Any) -> str:
-    if hasattr(spec, "unsigned"):
-        return f"{'u' if spec.unsigned else ''}int{spec.num_bits}" + " narrow" * spec.narrow_range
-    return f"{type(spec).__name__}, {spec.num_bits} bits"
+    return grid_name(spec) + " narrow" * getattr(spec, "narrow_range", False)

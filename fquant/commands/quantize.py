@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 import fquant
 from fquant.commands.recipe import Recipe
 from fquant.commands.table import print_table, size_text
+from fquant.formats import grid_name
 from fquant.plan import Plan
 
 
@@ -58,7 +59,7 @@ def _rows(plan: Plan, qstate: dict[str, Any]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for name, quantizer in plan.quantizers.items():
         scale = qstate.get(name)
-        grid = f"{type(quantizer.spec).__name__} of {quantizer.spec.num_bits} bits"
+        grid = grid_name(quantizer.spec)
         if scale is None:
             rows.append((name, grid, "dynamic", "", ""))
         else:

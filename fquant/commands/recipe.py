@@ -112,6 +112,13 @@ class _Reader:
         batches = list(islice(batches, limit))
         if not batches:
             raise self._error("data", "must have at least one batch, got none")
+        if isinstance(batches[0], list):
+            raise self._error(
+                "data",
+                "must give what the model takes, a tensor, a tuple of arguments or a dict of keyword "
+                f"ones, got a list of {len(batches[0])}; of a loader of images and labels, write a "
+                "function that yields the images",
+            )
         weights = self._value("export.weights", str, "float")
         if weights not in ("float", "integer"):
             raise self._error("export.weights", f"must be 'float' or 'integer', got {weights!r}")
@@ -163,7 +170,7 @@ class _Reader:
             try:
                 rule = from_dict(item)
             except (TypeError, ValueError) as error:
-                raise self._error(key, f"must be a rule: {error}") from error
+                raise self._error(key, f"must be a rule: {str(error).rstrip('.')}") from error
             if not isinstance(rule, OpRule):
                 raise self._error(key, f"must be a rule, got {item!r}")
             rules.append(rule)
@@ -240,7 +247,10 @@ def _read_params(path: Path) -> Mapping[str, Tensor]:
             if (file.metadata() or {}).get("format") != "fquant.tree":
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(
+            f"{path.name}, which is not safetensors ({error}); a file of torch.save is a pickle: "
+            "write fquant.save(path, torch.load(...))"
+        ) from error
     loaded = fquant.load(path)
     if isinstance(loaded, Mapping) and isinstance(loaded.get("params"), Mapping):
         loaded = loaded["params"]

@@ -15,7 +15,7 @@ SETTINGS: dict[str, fq.Observer] = {
     "max": fq.MaxObserver(),
     "99.9 %": fq.HistogramObserver(percentile=99.9),
     "99 %": fq.HistogramObserver(percentile=99.0),
-    "least squares": fq.HistogramObserver(method="mse", spec=SPEC),
+    "least squares": fq.HistogramObserver(method="mse"),
 }
 
 

@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fquant.graph import qdq_ops
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.qdq_ops import is_quantize, quantization_of
 from fquant.spec import QuantSpec
 
@@ -34,6 +34,7 @@ def to_quantized_decomposed(program: ExportedProgram) -> ExportedProgram:
     """
     import torch.ao.quantization.fx._decomposed  # registers the ops  # noqa: F401
 
+    require_program("to_quantized_decomposed", program)
     editor = Editor(program)
     for node in editor.nodes(qdq_ops.quantize, qdq_ops.dequantize):
         _swap(editor, node)

@@ -19,6 +19,15 @@ from torch.fx import Node
 STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
+def require_program(function: str, program: object) -> None:
+    """Raises TypeError unless program is an exported one."""
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"{function}: program must be an ExportedProgram, from export_qdq(model, plan, params, "
+            f"qstate, args), got {type(program).__name__}."
+        )
+
+
 class Editor:
     """A program taken apart to be rewritten.
 

@@ -131,7 +131,8 @@ class _Captured(nn.Module):
         self.scale_names: dict[str, str] = {}
         self.params = nn.Module()
         self.scales = nn.Module()
-        for name, tensor in {**program.buffers, **params}.items():
+        given = program.named_once("export_qdq", params)
+        for name, tensor in {**program.buffers, **given}.items():
             self._own(self.params, name, tensor)
         for name, scale in qstate.items():
             attribute = qdq_ops.state_name(name)

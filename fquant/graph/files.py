@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fquant.graph.editor import require_program
 from fquant.serialization.atomic import replacing
 
 # What torch notes down of where a node came from: paths of this machine, lines of code, older graphs.
@@ -37,6 +38,7 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
         ...             program.module()(torch.ones(3, 2)))
         True
     """
+    require_program("save_program", program)
     bare = _without_example_inputs(program)
     for node in bare.graph.nodes:
         for key in _ORIGINS:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.pattern import aten, batch_norm_after, is_quantized_constant
 from fquant.graph.qdq_ops import dequantize, quantization_of, state_name
 
@@ -49,6 +49,7 @@ def fold_norms(program: ExportedProgram) -> ExportedProgram:
         >>> [n.name for n in fold_norms(program).graph.nodes if n.op == "call_function"]
         ['quantize', 'dequantize', 'dequantize_default', 'conv2d_default']
     """
+    require_program("fold_norms", program)
     editor = Editor(program)
     for node in editor.nodes(*LAYERS):
         norm = batch_norm_after(editor, node)

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fquant.graph import qdq_ops
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.pattern import Lowering, NotLowered, Pattern, find_pattern, why_not_int8
 from fquant.graph.qdq_ops import is_quantize, quantization_of
@@ -76,6 +76,7 @@ def lower(
         >>> report.kept
         ('0/linear#0.input',)
     """
+    require_program("lower", program)
     editor = Editor(program)
     _mark_edges(editor, edges or {})
     tidy(editor)
@@ -112,12 +113,12 @@ def _lower_node(
     if not entries:
         if node.target in SUNK:
             return None
-        return LayerReport(site, name, "", operands, f"the table has no lowering for {name}")
+        return LayerReport(site, name, "", operands, None, f"the table has no lowering for {name}")
     reasons = []
     for entry in entries:
         pattern = find_pattern(editor, node, entry.absorbs, entry.shifted)
         why_float = _why_float(editor, pattern, entry.shifted)
-        results = () if pattern.quantize is None else (describe(editor, pattern.quantize),)
+        result = None if pattern.quantize is None else describe(editor, pattern.quantize)
         try:
             new = entry.build(editor, pattern)
         except NotLowered as reason:
@@ -130,10 +131,8 @@ def _lower_node(
             name = quantization_of(pattern.quantize).name
             new.meta["quantizer"] = pattern.quantize.meta.get("quantizer", name)
             editor.replace(pattern.quantize, new)
-        return LayerReport(
-            site, "+".join(pattern.steps), entry.kernel, (*operands, *results), why_float
-        )
-    return LayerReport(site, name, "", operands, "; ".join(dict.fromkeys(reasons)))
+        return LayerReport(site, "+".join(pattern.steps), entry.kernel, operands, result, why_float)
+    return LayerReport(site, name, "", operands, None, "; ".join(dict.fromkeys(reasons)))
 
 
 def _why_float(editor: Editor, pattern: Pattern, shifted: bool) -> str:

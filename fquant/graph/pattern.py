@@ -54,7 +54,7 @@ class Pattern:
     nodes: tuple[Node, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lowering:
     """One line of a lowering table.
 
@@ -80,6 +80,9 @@ class Lowering:
     build: Callable[[Editor, Pattern], Node]
     absorbs: tuple[str, ...] = field(default=ALL_STEPS)
     shifted: bool = False
+
+    def __repr__(self) -> str:  # short, for the signatures that `help` shows
+        return f"<lowering to {self.kernel}>"
 
 
 class Integers(NamedTuple):

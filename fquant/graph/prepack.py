@@ -10,7 +10,7 @@ from torch.fx import Node
 
 import fquant_kernels
 from fquant.graph import int8_ops
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 
 _DENSE = (int8_ops.linear_int8, int8_ops.conv_int8, int8_ops.conv_transpose_int8)
 _IN_GROUPS = (int8_ops.conv_int8, int8_ops.conv_transpose_int8)
@@ -31,6 +31,7 @@ def prepack(program: ExportedProgram, isa: str | None = None) -> ExportedProgram
     Raises:
         RuntimeError: this processor lacks it, or the compiled kernels are missing.
     """
+    require_program("prepack", program)
     editor = Editor(program)
     for node in editor.nodes(*_DENSE, _SPARSE):
         _pack(editor, node, isa)

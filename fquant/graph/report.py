@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fquant.formats import grid_name
 from fquant.graph.editor import Editor
 from fquant.graph.qdq_ops import Quantization, granularity_of, is_dequantize, quantization_of
 
@@ -26,9 +27,14 @@ class QuantizedOperand:
     zero_point: int | str
     scheme: str
 
-    def __str__(self) -> str:
+    @property
+    def grid(self) -> str:
+        """The scheme, the steps and the zero point, in words."""
         steps = " .. ".join(f"{s:.4g}" for s in self.scale) or "run time"
-        return f"{self.name.rpartition('.')[2]} {self.scheme} scale {steps} zero {self.zero_point}"
+        return f"{self.scheme} scale {steps} zero {self.zero_point}"
+
+    def __str__(self) -> str:
+        return f"{self.name.rpartition('.')[2]} {self.grid}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class LayerReport:
         site: its name in the plan, `path/op#k`.
         operation: the operations that became one, joined by "+".
         kernel: what serves it; "" if it stays in floating point.
-        operands: its quantized operands, and last its result if that stays in integers.
+        operands: its quantized operands.
+        result: the grid of its result if that stays in integers; None if it is in floating point.
         reason: why it was not lowered, or why its result is in floating point; "" otherwise.
     """
 
@@ -47,6 +54,7 @@ class LayerReport:
     operation: str
     kernel: str
     operands: tuple[QuantizedOperand, ...]
+    result: QuantizedOperand | None = None
     reason: str = ""
 
 
@@ -68,12 +76,13 @@ class LoweringReport:
         return tuple(layer for layer in self.layers if layer.kernel)
 
     def __str__(self) -> str:
-        rows = [("layer", "operation", "kernel", "operands; why not")]
+        rows = [("layer", "operation", "kernel", "operands -> result; why not")]
         for layer in self.layers:
-            rest = "; ".join(map(str, layer.operands))
-            reason = f"[{layer.reason}]" if layer.reason else ""
+            rest = ["; ".join(map(str, layer.operands))]
+            rest += [] if layer.result is None else [f"-> {layer.result.grid}"]
+            rest += [f"[{layer.reason}]"] if layer.reason else []
             kernel = layer.kernel or "float"
-            rows.append((layer.site, layer.operation, kernel, f"{rest} {reason}".strip()))
+            rows.append((layer.site, layer.operation, kernel, " ".join(rest)))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
             "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]])
@@ -86,10 +95,7 @@ class LoweringReport:
 def describe(editor: Editor, node: Node) -> QuantizedOperand:
     """Returns what a Q or DQ node says."""
     x = quantization_of(node)
-    bits = getattr(x.format, "num_bits", None)
-    grid = type(x.format).__name__
-    if bits is not None:
-        grid = f"{'uint' if getattr(x.format, 'unsigned', False) else 'int'}{bits}"
+    grid = grid_name(x.format)
     per = granularity_of(x.scale.meta["val"].shape, x.input.meta["val"].shape)
     steps: tuple[float, ...] = ()
     if editor.constant(x.scale):

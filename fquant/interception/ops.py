@@ -14,7 +14,7 @@ from fquant.interception.operation import Arguments, Axis, Layout, Op, Slot, op_
 from fquant.interception.recurrent import RECURRENT_OPS, gru, gru_cell, lstm, lstm_cell
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ops:
     """Which functions are operations, and which modules have their forward written out.
 
@@ -27,6 +27,9 @@ class Ops:
     table: Mapping[Any, Op]
     forwards: Mapping[type[nn.Module], Callable[..., Any]]
     composites: tuple[Op, ...] = ()
+
+    def __repr__(self) -> str:  # short, for the signatures that `help` shows
+        return f"<table of {len(self.names)} operations>"
 
     @property
     def names(self) -> frozenset[str]:

@@ -46,7 +46,10 @@ def require_same_shape(function: str, before: Tensor, now: Tensor) -> None:
 def require_seen(function: str, count: Tensor) -> None:
     """Raises ValueError if nothing was observed; not checked where values cannot be read."""
     if values_readable(count) and bool((count == 0).any()):
-        raise ValueError(f"{function}: state must have seen at least one value, got an empty one.")
+        raise ValueError(
+            f"{function}: state must have seen at least one value, got an empty one. "
+            "No batch reached it: calibrate with at least one (an iterator runs out)."
+        )
 
 
 def report_nonfinite(num_nonfinite: Tensor, seen: Tensor) -> None:

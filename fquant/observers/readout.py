@@ -26,7 +26,10 @@ METHODS = ("percentile", "entropy", "mse", "l2", "sqnr", "aciq_gauss", "aciq_lap
 def require_method(owner: str, options: Any) -> None:
     """Raises ValueError unless an observer's method, percentile, start_bin and stride are usable."""
     if options.method not in METHODS:
-        raise ValueError(f"{owner}: method must be one of {list(METHODS)}, got {options.method!r}.")
+        hint = " The maximum is MaxObserver's." if options.method == "max" else ""
+        raise ValueError(
+            f"{owner}: method must be one of {list(METHODS)}, got {options.method!r}.{hint}"
+        )
     if options.method.startswith(("aciq", "octav")) and not isinstance(options.spec, QuantSpec):
         raise ValueError(
             f"{owner}: spec must be a QuantSpec for {options.method!r}, got {options.spec}."

@@ -41,9 +41,10 @@ def save(path: str | Path, tree: Any) -> None:
 
     Args:
         path: of the file; by habit it ends in .safetensors.
-        tree: dicts with string keys, lists and tuples of tensors of any dtype; QTensor, PackedTensor,
-            SparseTensor and other records; observer states and other NamedTuples; plans, rules, specs
-            and observers; numbers, strings, booleans, dtypes and None.
+        tree: dicts with string or integer keys (an optimizer's state dict), lists and tuples of
+            tensors of any dtype; QTensor, PackedTensor, SparseTensor and other records; observer states
+            and other NamedTuples; plans, rules, specs and observers; numbers, strings, booleans, dtypes
+            and None.
 
     Raises:
         TypeError: the tree holds anything else; the message says where.
@@ -99,7 +100,7 @@ class _Encoder:
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, Mapping):
-            return {"dict": {self._key(k, path): self._below(v, path, k) for k, v in value.items()}}
+            return self._dict(value, path)
         if isinstance(value, list) or type(value) in (tuple, torch.Size):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [self._below(v, path, i) for i, v in enumerate(value)]}
@@ -117,10 +118,16 @@ class _Encoder:
     def _below(self, value: Any, path: str, key: Any) -> Any:
         return self.encode(value, f"{path}/{key}" if path else str(key))
 
-    def _key(self, key: Any, path: str) -> str:
-        if not isinstance(key, str):
-            raise TypeError(f"save: dicts must have strings for keys, got {key!r} at {path!r}.")
-        return key
+    def _dict(self, value: Mapping[Any, Any], path: str) -> dict[str, Any]:
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(
+                    f"save: dicts must have strings or integers for keys, got {key!r} at {path!r}."
+                )
+        items = [[key, self._below(v, path, key)] for key, v in value.items()]
+        if all(isinstance(key, str) for key in value):
+            return {"dict": dict(items)}
+        return {"items": items}  # keys of JSON objects are strings
 
     def _tensor(self, tensor: Tensor, path: str) -> dict[str, Any]:
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
@@ -162,6 +169,8 @@ class _Decoder:
                 return self.tensors[name]
             case {"dict": items}:
                 return {key: self.decode(item) for key, item in items.items()}
+            case {"items": items}:
+                return {key: self.decode(item) for key, item in items}
             case {"list": items}:
                 return [self.decode(item) for item in items]
             case {"tuple": items}:

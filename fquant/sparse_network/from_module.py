@@ -73,6 +73,12 @@ def list_layers(model: nn.Module) -> Listed:
     """
     graph = _Tracer().trace(model)
     modules = dict(model.named_modules())
+    arguments = [n.name for n in graph.nodes if n.op == "placeholder" and not n.args]
+    if len(arguments) != 1:
+        raise ValueError(
+            "list_layers: model must take one SparseTensor, got one that takes "
+            f"{arguments or 'nothing'}. Give it the part that does."
+        )
     state = _State(modules)
     for node in graph.nodes:
         if node.op == "output":

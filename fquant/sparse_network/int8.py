@@ -9,18 +9,26 @@ from torch import Tensor
 
 import fquant_kernels
 from fquant.affine import dequantize, quantize
+from fquant.checks import require_no_derivative, values_readable
 from fquant.records import QTensor
 from fquant.sparse import SparseTensor, global_avg_pool, max_pool, sparse_conv_int8
 from fquant.sparse.conv import outputs
 from fquant.sparse.kernel_map import KernelMap
-from fquant.sparse_network.layer import NETWORK_INPUT, Layer, check_layers, with_inputs
-from fquant.sparse_network.maps import Maps, geometries
+from fquant.sparse_network.layer import (
+    NETWORK_INPUT,
+    Layer,
+    check_layers,
+    convolutions,
+    with_inputs,
+)
+from fquant.sparse_network.maps import Maps, first_key, geometries, require_cells
 from fquant.sparse_network.module import Value, concatenated, on_features
 from fquant.sparse_network.sites import (
     ACTIVATION,
     WEIGHT,
     integer_joins,
     quantized_values,
+    tied_values,
     value_scale_name,
     weight_scale_name,
 )
@@ -54,18 +62,34 @@ def to_int8(
         scales: from `tie_scales`.
 
     Raises:
-        ValueError: a layer has a batch norm left, or scales lack one that is needed.
+        ValueError: a layer has a batch norm left, params or scales lack one that is needed, or values
+            that are read side by side have different scales (checked in eager code).
     """
     normed = sorted(name for name in params if ".norm." in name)
     if normed:
         raise ValueError(
             f"to_int8: params must be without batch norm (fold_network), got {normed}."
         )
+    absent = sorted(
+        f"{n}.weight" for n in {*int8, *convolutions(layers)} if f"{n}.weight" not in params
+    )
+    if absent:
+        raise ValueError(
+            "to_int8: params must have the weight of every layer, by its name in layers "
+            f"(Listed.params(state) of list_layers, or fold_network), lacks {absent}."
+        )
     values = quantized_values(layers, int8)
     wanted = [*map(weight_scale_name, int8), *map(value_scale_name, values)]
     missing = sorted(name for name in wanted if name not in scales)
     if missing:
         raise ValueError(f"to_int8: scales must have every quantizer, lacks {missing}.")
+    for group in tied_values(layers, int8):
+        steps = [scales[value_scale_name(value)].detach().reshape(()) for value in sorted(group)]
+        if values_readable(*steps) and any(step != steps[0] for step in steps):
+            raise ValueError(
+                "to_int8: scales must be equal where values are read side by side, as tie_scales makes "
+                f"them, got {[step.item() for step in steps]} of {sorted(group)}."
+            )
     deployed: dict[str, Tensor | QTensor] = {name: p.detach() for name, p in params.items()}
     for name in int8:
         weight = params[f"{name}.weight"].detach()
@@ -95,12 +119,14 @@ def int8_network(
     Raises:
         ValueError: layers are no network, or int8 names no convolution of it; (when called) x does not
             fit the first layer, or maps are of other cells.
+        RuntimeError: (when called) under a derivative of `torch.func` by the features.
     """
     check_layers(layers)
     steps = tuple(with_inputs(layers))
     keys = {name: geometry.key for name, geometry in geometries(layers).items()}
     quantized = quantized_values(layers, int8)
     joins = integer_joins(layers, int8)
+    entry = first_key(layers)
     last_reader = {
         name: layer.name
         for layer in steps
@@ -113,6 +139,9 @@ def int8_network(
         return quantize(value, deployed.scales[name], spec=ACTIVATION)
 
     def forward(deployed: Deployed, x: SparseTensor, maps: Maps) -> Any:
+        require_cells("int8_network", x, maps, entry)
+        if isinstance(x.features, Tensor):
+            require_no_derivative("int8_network", x.features)
         values: dict[str, Value] = {NETWORK_INPUT: kept(NETWORK_INPUT, x, deployed)}
         for layer in steps:
             kernel_map = maps[keys[layer.name]] if layer.name in keys else None

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
+from fquant.checks import values_readable
 from fquant.sparse import KernelMap, SparseTensor, conv_map, subm_map, transpose_map
 from fquant.sparse.kernel_map import Cells
 from fquant.sparse_network.layer import NETWORK_INPUT, Layer, with_inputs
@@ -109,6 +112,27 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
             sizes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
             maps[geometry.key] = conv_map(cells, *sizes)
     return maps
+
+
+def first_key(layers: Sequence[Layer]) -> str | None:
+    """Returns the key of the first map that reads the network's input; None if there is none."""
+    found = geometries(layers).values()
+    return next((g.key for g in found if g.reads == NETWORK_INPUT and g.kind != "inverse"), None)
+
+
+def require_cells(function: str, x: SparseTensor, maps: Maps, key: str | None) -> None:
+    """Raises ValueError unless the map of `first_key` is of x's cells, where they can be read."""
+    if key is None:
+        return
+    if key not in maps:
+        raise ValueError(f"{function}: maps must be make_maps(layers, x), lacks {key!r}.")
+    known = maps[key].in_coords
+    if known is x.coords or known.shape != x.coords.shape or not values_readable(known, x.coords):
+        return
+    if not torch.equal(known, x.coords.to(known)):
+        raise ValueError(
+            f"{function}: maps must be of the cells of x, make_maps(layers, x), got those of others."
+        )
 
 
 def _spaced(dilation: int | tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fquant.interception.stack import site
 from fquant.sparse import SparseTensor, global_avg_pool, max_pool, sparse_conv
 from fquant.sparse_network.layer import NETWORK_INPUT, Layer, Sizes, check_layers, with_inputs
-from fquant.sparse_network.maps import Maps, geometries
+from fquant.sparse_network.maps import Maps, first_key, geometries, require_cells
 
 Value = Any  # a SparseTensor, or a tensor after a global pool
 
@@ -44,6 +44,7 @@ class SparseNetwork(nn.Module):
         check_layers(layers)
         self.layers = tuple(with_inputs(layers))
         self.map_keys = {name: geometry.key for name, geometry in geometries(layers).items()}
+        self.first_key = first_key(layers)
         generator = torch.Generator().manual_seed(seed)
         self.input = Marked()
         last = self.layers[-1].name
@@ -54,6 +55,7 @@ class SparseNetwork(nn.Module):
 
     def forward(self, x: SparseTensor, maps: Maps) -> Value:
         """Returns the last layer's result: a SparseTensor, or a tensor `(samples, channels)`."""
+        require_cells("SparseNetwork", x, maps, self.first_key)
         values: dict[str, Value] = {NETWORK_INPUT: self.input(x)}
         for layer in self.layers:
             read: Value = concatenated([values[name] for name in layer.inputs])

@@ -147,6 +147,23 @@ def test_what_onnx_has_not_is_named(rules, dtype, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_and_outputs_have_the_names_given(tmp_path):
+    program, path = program_of(fq.w8a8()), tmp_path / "model.onnx"
+    fq.to_onnx(program, path, input_names=["image"], output_names=["logits"])
+    graph = onnx.load(path).graph
+    assert [[v.name for v in values] for values in (graph.input, graph.output)] == [
+        ["image"],
+        ["logits"],
+    ]
+    x = torch.randn(2, 4)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (y,) = onnxruntime.InferenceSession(path).run(["logits"], {"image": x.numpy()})
+    np.testing.assert_allclose(y, program.module()(x).numpy(), atol=1e-5)
+    for names in ([], ["a", "b"]):
+        with pytest.raises(ValueError, match=r"to_onnx: output_names must be 1 different names"):
+            fq.to_onnx(program, path, output_names=names)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_without_onnx_the_extra_is_named(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)

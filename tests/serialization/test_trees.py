@@ -46,7 +46,10 @@ TREES = st.recursive(
     lambda below: (
         st.lists(below, max_size=3)
         | st.lists(below, max_size=3).map(tuple)
-        | st.dictionaries(st.text() | st.sampled_from(["a", "a/b", "__metadata__"]), below)
+        | st.dictionaries(
+            st.text() | st.integers(-1, 3) | st.sampled_from(["a", "1", "a/b", "__metadata__"]),
+            below,
+        )
     ),
     max_leaves=8,
 )
@@ -56,6 +59,39 @@ TREES = st.recursive(
 @given(TREES)
 def test_any_tree(tree):
     assert_identical(round_trip(tree), tree)
+
+
+def test_fine_tuning_goes_on_where_it_was_saved(tmp_path):
+    """Model, scales, optimizer and schedule in one file: the next steps are the same, bit for bit."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    rules = [fq.OpRule(weight=fq.Quantizer(fq.QuantSpec(4), learn="lsq"), inputs=fq.QuantSpec(8))]
+    plan = fq.make_plan(network, rules, (x,))
+    stats = fq.calibrate_model(network, plan, network.state_dict(), [x], progress=False)
+    qstate = fq.finalize(plan, stats)
+
+    def start():
+        module = fq.FakeQuantized(network, plan, qstate).train()
+        optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+        return module, optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3])
+
+    def steps(module, optimizer, schedule):
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    first = start()
+    steps(*first)
+    fq.save(tmp_path / "checkpoint", [part.state_dict() for part in first])
+    expected = steps(*first)
+    again = start()
+    for part, state in zip(again, fq.load(tmp_path / "checkpoint"), strict=True):
+        part.load_state_dict(state)
+    assert_identical(steps(*again), expected)
 
 
 def test_names_of_tensors_never_collide():
@@ -158,7 +194,8 @@ def test_from_cuda_to_cpu_and_back(tmp_path):
     ("tree", "error", "message"),
     [
         ({"a": [object()]}, TypeError, "save: tree must hold tensors.* got object at 'a/0'"),
-        ({"a": {1: 2}}, TypeError, "save: dicts must have strings for keys, got 1 at 'a'"),
+        ({"a": {1.5: 2}}, TypeError, "save: dicts must have strings or .* keys, got 1.5 at 'a'"),
+        ({True: 2}, TypeError, "save: dicts must have strings or .* keys, got True at ''"),
         ([torch.empty(2, device="meta")], ValueError, "save: tensors must be dense.* meta at '0'"),
         ([torch.zeros(2).to_sparse()], ValueError, "save: tensors must be dense.* at '0'"),
         ({1, 2}, TypeError, "save: tree must hold .* got set at ''"),

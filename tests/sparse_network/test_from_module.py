@@ -132,6 +132,11 @@ class TwoReaders(torch_nn.Module):
         return self.last(join_features(y, y.map(torch.relu)))
 
 
+class OfThreeArguments(torch_nn.Module):
+    def forward(self, features, coords, batch_size=1):
+        return features
+
+
 class SumOfInputs(torch_nn.Module):
     def forward(self, x):
         return add_features(x, x)
@@ -140,6 +145,10 @@ class SumOfInputs(torch_nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (
+            OfThreeArguments(),
+            r"must take one SparseTensor, got one that takes \['features', 'coords'",
+        ),
         (NormAfterSum(), "batch norm that does not follow a convolution"),
         (SumOfThree(), "or of three"),
         (TwoReaders(), "which others read as well"),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import fquant as fq
+from fquant.sparse import SparseTensor
 from fquant.sparse_network import (
     Layer,
     SparseNetwork,
@@ -225,5 +227,58 @@ def test_bad_input_is_named():
         to_int8(LAYERS, set(), SparseNetwork(LAYERS, 2).state_dict(), {})
     with pytest.raises(ValueError, match=r"to_int8: scales must have every quantizer"):
         to_int8(LAYERS, {"deep"}, networks.parameters(LAYERS), {})
+    missing = networks.parameters(LAYERS)
+    del missing["deep.weight"]
+    with pytest.raises(ValueError, match=r"to_int8: params .* lacks \['deep.weight'\]"):
+        to_int8(LAYERS, {"deep"}, missing, {})
     assert int8_rules(LAYERS, set()) == []
     assert convolutions(LAYERS) == ALL
+
+
+def test_what_is_joined_and_was_not_tied_is_refused():
+    """Joined integers have one scale, so that the others' would be lost without a word."""
+    model, x = SparseNetwork(LAYERS, 2, batch_norm=False), networks.scene(0, 0.4)
+    params, maps = networks.parameters(LAYERS), make_maps(LAYERS, x)
+    plan = fq.make_plan(model, int8_rules(LAYERS, ALL), (x, maps))
+    stats = fq.calibrate_model(model, plan, params, [(x, maps)], progress=False)
+    scales = fq.finalize(plan, stats)
+    to_int8(LAYERS, ALL, params, tie_scales(LAYERS, ALL, scales))
+    with pytest.raises(ValueError, match=r"to_int8: scales must be equal .* tie_scales .*'rise'"):
+        to_int8(LAYERS, ALL, params, scales)
+
+
+def test_maps_of_other_cells_are_refused():
+    """As many cells of the same grid, elsewhere: shapes alone would let them pass."""
+    x = networks.scene(0, 0.4)
+    fake, deployed = networks.quantized(LAYERS, ALL, x)
+    there = make_maps(LAYERS, x)
+    moved = SparseTensor.from_dense(x.to_dense().roll(1, -1))
+    assert moved.coords.shape == x.coords.shape
+    int8 = int8_network(LAYERS, ALL)
+    for name, function in (("SparseNetwork", fake), ("int8_network", partial(int8, deployed))):
+        with pytest.raises(ValueError, match=rf"{name}: maps must be of the cells of x"):
+            function(moved, there)
+        with pytest.raises(
+            ValueError, match=rf"{name}: maps must be make_maps.*lacks 'input/subm3'"
+        ):
+            function(x, {})
+    copied = SparseTensor(x.features, x.coords.clone(), x.spatial_shape, x.batch_size)
+    assert torch.equal(int8(deployed, copied, there).features, int8(deployed, x, there).features)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(x),
+        lambda f, x: torch.func.vmap(torch.func.grad(f))(x[None]),
+    ],
+)
+def test_a_derivative_is_refused_and_not_zero(transform):
+    x = networks.scene(0, 0.4)
+    maps = make_maps(LAYERS, x)
+    _, deployed = networks.quantized(LAYERS, ALL, x)
+    int8 = int8_network(LAYERS, ALL)
+    with pytest.raises(RuntimeError, match=r"int8_network has no derivative.*fake_quant"):
+        transform(lambda f: int8(deployed, x.with_features(f), maps).features.sum(), x.features)

@@ -1,5 +1,6 @@
 """`to_onnx`: a Q/DQ program as an ONNX file."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch.export import ExportedProgram
 
 from fquant.affine import quantize
 from fquant.calibration import at_site
-from fquant.graph.editor import Editor
+from fquant.graph.editor import Editor, require_program
 from fquant.graph.onnx.qdq import QUANTIZER, qdq_translations
 from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
 from fquant.graph.onnx.types import onnx_type_of
@@ -21,7 +22,13 @@ from fquant.spec import QuantSpec
 OPSET = 21
 
 
-def to_onnx(program: ExportedProgram, path: str | Path) -> None:
+def to_onnx(
+    program: ExportedProgram,
+    path: str | Path,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
     """Writes a program of `export_qdq` as ONNX, opset 21, with QuantizeLinear and DequantizeLinear.
 
     ONNX Runtime gives the same integers from the same inputs: rounding, saturation and, where the
@@ -42,11 +49,13 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
         program: of `export_qdq`, in float32 or a half type; `weights="integer"` makes weights
             integers in the file.
         path: of the file; by habit it ends in .onnx.
+        input_names: of the graph's inputs, in order; None for the program's, `args_0` and so on.
+        output_names: of its outputs; None for the operations they come from.
 
     Raises:
         ImportError: onnx or onnxscript is not installed (`pip install 'fquant[onnx]'`).
-        ValueError: a quantizer's format or rounding is none that ONNX has, or it computes in float64;
-            the message names it.
+        ValueError: a quantizer's format or rounding is none that ONNX has, or it computes in float64
+            (the message names it); names are not as many as inputs or outputs, or not different.
 
     Example:
         >>> import tempfile
@@ -62,6 +71,7 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     References:
         ONNX operators QuantizeLinear and DequantizeLinear, version 21.
     """
+    require_program("to_onnx", program)
     onnx = require_package("onnx", "fquant.to_onnx", "onnx")
     require_package("onnxscript", "fquant.to_onnx", "onnx")
     inside = _require_expressible(program)
@@ -79,10 +89,23 @@ def to_onnx(program: ExportedProgram, path: str | Path) -> None:
     _drop_traces(exported.model)
     _drop_what_follows(exported.model)
     define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
+    _rename("input_names", exported.model.graph.inputs, input_names)
+    _rename("output_names", exported.model.graph.outputs, output_names)
     exported.model.producer_name = "fquant"
     onnx.checker.check_model(exported.model_proto, full_check=True)
     with replacing(path) as temporary:
         exported.save(temporary)
+
+
+def _rename(argument: str, values: Sequence[Any], names: Sequence[str] | None) -> None:
+    if names is None:
+        return
+    if len(names) != len(values) or len(set(names)) != len(values):
+        raise ValueError(
+            f"to_onnx: {argument} must be {len(values)} different names, got {list(names)}."
+        )
+    for value, name in zip(values, names, strict=True):
+        value.name = name
 
 
 def _drop_traces(model: Any) -> None:

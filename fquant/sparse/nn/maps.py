@@ -167,14 +167,20 @@ def _collect(key: str, kernel_map: KernelMap) -> None:
 
 def _require_record(owner: str, x: object) -> None:
     if not isinstance(x, SparseTensor):
-        raise TypeError(f"{owner}: x must be a SparseTensor, got {type(x).__name__}.")
+        hint = ""
+        if type(x).__name__ == "SparseConvTensor":
+            hint = " fquant.interop.spconv's from_spconv(x) is one; SparseTensor has its arguments."
+        elif isinstance(x, Tensor):
+            hint = " A SparseSequential hands features to modules that are not SparseModules."
+        raise TypeError(f"{owner}: x must be a SparseTensor, got {type(x).__name__}.{hint}")
 
 
 def _require_readable(owner: str, key: str, *tensors: SparseTensor) -> None:
     if not values_readable(*(x.coords for x in tensors)):
         raise ValueError(
             f"{owner}: x.maps must have {key!r} where values cannot be read (under torch.compile, "
-            "export, make_plan). fquant.sparse.nn.with_maps(model, x) puts it there."
+            "export, make_plan). fquant.sparse.nn.with_maps(model, x) puts it there; a model that makes "
+            "x itself is planned with make_plan(..., fake=False)."
         )
 
 
