@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fquant as fq
-from fquant.graph import DEFAULT_TABLE, site_integers
+from fquant.graph import DEFAULT_TABLE, save_program, site_integers
 from fquant.testing.models import EXAMPLES
 from tests.graph.programs import (
     SITES,
@@ -47,7 +47,11 @@ def test_the_zoo_agrees_at_every_site(name, tmp_path):
     assert torch.equal(y.argmax(-1), expected.argmax(-1))
     assert before.keys() == program.state_dict.keys()  # not written
     assert all(torch.equal(t, program.state_dict[n]) for n, t in before.items())
-    torch.export.save(lowered, tmp_path / "lowered.pt2")
+    torch.export.save(lowered, tmp_path / "whole.pt2")
+    save_program(lowered, tmp_path / "lowered.pt2")
+    sizes = [(tmp_path / file).stat().st_size for file in ("whole.pt2", "lowered.pt2")]
+    print(f"{name}: torch.export.save {sizes[0]} bytes, save_program {sizes[1]}")
+    assert sizes[1] < sizes[0] / 3
     for module in (
         torch.export.load(tmp_path / "lowered.pt2").module(),
         torch.compile(lowered.module(), fullgraph=True, backend="aot_eager"),
