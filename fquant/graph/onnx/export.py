@@ -99,9 +99,15 @@ def _drop_traces(model: Any) -> None:
     model.metadata_props.clear()
 
 
+# The attributes of convolutions and pools that are lists, and what each of them is if it is absent.
+_ABSENT = {"pads": 0, "strides": 1, "dilations": 1}
+
+
 def _drop_what_follows(model: Any) -> None:
     """Takes out what readers work out by themselves: inner shapes, and attributes at their default."""
     onnx = require_package("onnx", "fquant.to_onnx", "onnx")
+    for value in model.graph.initializers.values():
+        value.shape = value.type = None  # the tensor has its own
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -111,7 +117,8 @@ def _drop_what_follows(model: Any) -> None:
         known = onnx.defs.get_schema(node.op_type, OPSET).attributes
         for name, attribute in list(node.attributes.items()):
             default = known[name].default_value if name in known else None
-            if default is not None and default.type and _value_of(default) == attribute.value:
+            static = default is not None and default.type and _value_of(default) == attribute.value
+            if static or (name in _ABSENT and set(attribute.value) == {_ABSENT[name]}):
                 del node.attributes[name]
 
 
