@@ -60,6 +60,19 @@ def test_the_zoo_agrees_at_every_site(name, tmp_path):
         assert torch.equal(module(*inputs), y)
 
 
+def test_any_batch_runs_whatever_the_example_was(tmp_path):
+    x = torch.randn(16, 2, 6, 6)  # from 16 on torch runs another convolution
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=4))
+    varying = (({0: torch.export.Dim("batch")},),)
+    program = exported(model, (x,), dynamic_shapes=varying)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["conv_int8"] * 2
+    torch.export.save(lowered, tmp_path / "lowered.pt2")
+    loaded = torch.export.load(tmp_path / "lowered.pt2")
+    for one in (lowered, fq.prepack(lowered), loaded):
+        assert torch.equal(one.module()(x[:2]), lowered.module()(x)[:2])
+
+
 QUICK = [phase for phase in Phase if phase is not Phase.explain]
 RANGES = [
     fq.Quantizer(),
