@@ -123,6 +123,29 @@ def test_a_clipped_output_stays_on_its_grid(bits, narrow):
     assert agreement(program, lowered, x)[0] > 0.99
 
 
+class Clamped(nn.Module):
+    def forward(self, x):
+        return fq.site("mark", x.clamp(-0.5, 0.9))
+
+
+def test_a_bound_that_is_the_integer_zero_is_kept():
+    """-0.5 at scale 0.01 and zero point 50, which is no ReLU."""
+    grid = fq.Quantizer(fq.QuantSpec(), symmetric=False)
+    model, x = nn.Sequential(nn.Linear(8, 16), Clamped()), torch.randn(16, 8)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    plan = fq.make_plan(model, [fq.OpRule(ops=("site",), output=grid), *fq.w8a8()], (x,))
+    stats = fq.calibrate_model(model, plan, params, [x], progress=False)
+    qstate = fq.finalize(plan, stats)
+    qstate["1/mark#0.output"] = torch.tensor(0.01)
+    qstate["1/mark#0.output.zero_point"] = torch.tensor(50.0)
+    program = fq.export_qdq(model, plan, params, qstate, (x,))
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["linear_int8"]
+    q = site_integers(lowered, x)["1/mark#0.output"]
+    assert (q.min(), q.max()) == (0, 127)
+    assert agreement(program, lowered, x)[0] > 0.99
+
+
 @pytest.mark.parametrize("kind", ["Conv1d", "ConvTranspose1d"])
 def test_groups_with_a_zero_point(kind):
     conv = dense(kind, 4, 6, 3, 2, padding=1)
