@@ -55,17 +55,28 @@ def compute_amax(
         tensor([3., 2.])
     """
     require_floating("compute_amax", "x", x)
-    magnitude = x.detach().abs()
+    x = x.detach()
     if axis is None:
         if block is not None:
             raise ValueError(f"compute_amax: block must be None without an axis, got {block}.")
-        return magnitude.amax() if x.numel() > 0 else x.new_zeros(())
-    parts = groups("compute_amax", magnitude, axis, block)
+        return _larger(*torch.aminmax(x)) if x.numel() > 0 else x.new_zeros(())
+    parts = groups("compute_amax", x, axis, block)
     if x.numel() == 0:
         return x.new_zeros(parts.shape)
     if not parts.reduced:
-        return magnitude
-    return parts.x.amax(dim=parts.reduced).reshape(parts.shape)
+        return x.abs()
+    # Without |x|, memory of x's size: 1e7 values by rows take 6 ms for 38. In half types, where torch's
+    # reductions are slower, two of them would cost more.
+    if x.element_size() < 4:
+        amax = parts.x.abs().amax(dim=parts.reduced)
+    else:
+        amax = _larger(parts.x.amin(dim=parts.reduced), parts.x.amax(dim=parts.reduced))
+    return amax.reshape(parts.shape)
+
+
+def _larger(a: Tensor, b: Tensor) -> Tensor:
+    """The larger magnitude; NaN if either is."""
+    return torch.maximum(a.abs(), b.abs())
 
 
 def compute_scale(

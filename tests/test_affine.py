@@ -123,6 +123,25 @@ def test_amax_of_each_group():
     assert fq.compute_amax(torch.zeros(0)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_amax_is_that_of_magnitudes_bit_for_bit(dtype):
+    """It is worked out without |x|; signs of zero, infinities and NaN are what would tell."""
+    finite = torch.randn(6, 8).to(dtype)
+    finite[0], finite[1], finite[2, 0] = -0.0, 0.0, -torch.inf
+    finite[3], finite[4] = finite[3].abs(), -finite[4].abs()
+    for x in (finite, torch.where(finite == finite[5, 1], torch.nan, finite)):
+        for axis, block, groups in ((None, None, x.reshape(1, -1)), (0, None, x)):
+            amax = fq.compute_amax(x, axis, block)
+            expected = groups.abs().amax(dim=1).reshape(amax.shape)
+            assert amax.dtype == dtype
+            assert torch.equal(amax.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+            assert not amax.signbit().any()
+        blocks = fq.compute_amax(x, (0, 1), (1, 4))
+        expected = x.abs().unflatten(1, (2, 4)).amax(2)
+        assert torch.equal(blocks.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        assert not blocks.signbit().any()
+
+
 def test_ties_go_to_even():
     ties = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
     assert fq.quantize(ties, 1.0).q.tolist() == [0, 2, 2, 0, -2, -2]

@@ -151,12 +151,17 @@ def _tensor(meta: Any, data: bytes) -> StoredTensor:
     count = math.prod(shape)
     if dtype is None:
         return StoredTensor(f"dtype {meta['dtype']}", shape, len(data), None)
-    text = str(dtype).removeprefix("torch.")
-    if len(data) != count * dtype.itemsize or count == 0:
-        return StoredTensor(text, shape, count * dtype.itemsize, None)
-    value = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
-    return StoredTensor(text, shape, len(data), value)
+    text, nbytes = str(dtype).removeprefix("torch."), count * dtype.itemsize
+    if not data or count == 0:
+        return StoredTensor(text, shape, nbytes, None)
+    strides, offset = _ints(meta["strides"]), meta["storage_offset"]["as_int"]
+    value = torch.frombuffer(bytearray(data), dtype=dtype).as_strided(shape, strides, offset)
+    return StoredTensor(text, shape, nbytes, value)
 
 
 def _shape(meta: Any) -> tuple[int, ...]:
-    return tuple(size.get("as_int", -1) for size in meta["sizes"])
+    return _ints(meta["sizes"])
+
+
+def _ints(sizes: Any) -> tuple[int, ...]:
+    return tuple(size.get("as_int", -1) for size in sizes)

@@ -11,10 +11,12 @@ lowering   program -> program with integer layers; report says what became of ea
 onnx       program with Q/DQ nodes -> ONNX
 prepack    program -> program for this machine's CPU
 decomposed torch's own quantized_decomposed nodes, for tools that want them
+card       lowered sparse network -> network card
 files      program -> a small file without pickle
 integers   what a program computes at each quantizer
 """
 
+from fquant.graph.card import card_of_program
 from fquant.graph.decomposed import to_quantized_decomposed
 from fquant.graph.editor import Editor
 from fquant.graph.export import dynamic_rows, export_qdq, store_integers
@@ -48,6 +50,7 @@ __all__ = [
     "Pattern",
     "Quantization",
     "QuantizedOperand",
+    "card_of_program",
     "dynamic_rows",
     "export_qdq",
     "fold_norms",

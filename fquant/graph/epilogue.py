@@ -1,6 +1,6 @@
 """The epilogue of the int8 kernels, worked out from a pattern at lowering time.
 
-    scale[c] = s_x * s_w[c] (* gamma / sqrt(var + eps)) / s_y,   bias[c] / s_y,   s_r / s_y
+    scale[c] = s_x * (s_w[c] * gamma / sqrt(var + eps)) / s_y,   bias[c] / s_y,   s_r / s_y
 
 float32, in this order; without a Q node there is no s_y, and the result is float32. Zero points z, less
 128 for uint8, are in the bias, which is then worked out in float64 and rounded once:
@@ -56,14 +56,15 @@ def epilogue_of(
     """
     if not editor.constant(bias):
         raise NotLowered("its bias is computed at run time")
-    step = editor.value(x.scale).float().reshape(()) * weight.scale
-    step = step.expand(weight.q.shape[0])
+    in_step = editor.value(x.scale).float().reshape(())
+    weight_step = weight.scale.expand(weight.q.shape[0])
     offset: Tensor | None = editor.value(bias)
     if zero != 0:
         sums = weight.q.flatten(1).sum(1, dtype=torch.float64)
-        offset = _plus(offset, -zero * step * sums)
+        offset = _plus(offset, -zero * (in_step * weight_step) * sums)
     if pattern.norm is not None:
-        step, offset = _with_norm(editor, pattern.norm, step, offset)
+        weight_step, offset = _with_norm(editor, pattern.norm, weight_step, offset)
+    step = in_step * weight_step
     residual = residual_scale = None
     if pattern.residual is not None:
         added = quantization_of(pattern.residual)

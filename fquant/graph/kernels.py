@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from fquant.graph import int8_ops, qdq_ops
+from fquant.graph.card import OUTPUT_SCALE
 from fquant.graph.editor import Editor
 from fquant.graph.epilogue import clamped, epilogue_of
 from fquant.graph.pattern import (
@@ -85,6 +86,11 @@ def build_sparse_conv(editor: Editor, pattern: Pattern) -> Node:
     stored = editor.add_state(f"integers.{w.name}", weight.q)
     arguments = (quantized.input, stored, neighbors, *epilogue.arguments)
     y = editor.call(ops.sparse_conv_int8.default, *arguments, before=pattern.last)
+    if (
+        pattern.quantize is not None
+    ):  # for `card_of_program`; "custom" is what torch writes to files
+        step = editor.value(quantization_of(pattern.quantize).scale).float().item()
+        y.meta["custom"] = {OUTPUT_SCALE: step}
     return clamped(editor, y, epilogue, pattern.last)
 
 

@@ -39,6 +39,24 @@ class Geometry:
         """Kernel size, stride, padding and dilation."""
         return self.kernel_size, self.stride, self.padding, self.dilation
 
+    @classmethod
+    def of_name(cls, name: str, axes: int) -> "Geometry":
+        """Returns the geometry of `axes` axes that has a name.
+
+        Example:
+            >>> Geometry.of_name("conv k3 s2 p1,0", 2).padding
+            (1, 0)
+        """
+        kind, *parts = name.split()
+        given = {part[0]: tuple(map(int, part[1:].split(","))) for part in parts}
+        sizes = {letter: size * axes if len(size) == 1 else size for letter, size in given.items()}
+        kernel, dilation = sizes["k"], sizes.get("d", (1,) * axes)
+        stride, padding = sizes.get("s", (1,) * axes), sizes.get("p", (0,) * axes)
+        if kind == "subm":
+            padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
+        extra = sizes.get("o", (0,) * axes if kind == "transposed" else ())
+        return cls(kind, kernel, stride, padding, dilation, extra)
+
     def _name(self) -> str:
         parts = [self.kind, f"k{_short(self.kernel_size)}"]
         named = [("s", self.stride, 1), ("p", self.padding, 0), ("d", self.dilation, 1)]

@@ -9,6 +9,7 @@ from torch import nn
 
 import fquant as fq
 from fquant.cli import main
+from fquant.commands.program_archive import read_program_archive
 from fquant.graph import save_program
 from tests.graph.programs import exported
 
@@ -41,6 +42,54 @@ def test_a_saved_program_is_the_same_and_a_quarter_of_the_float_size(program, tm
         assert b"from_node" not in model
         for name in archive.namelist():
             assert not archive.read(name).startswith((b"\x80", b"PK"))  # no pickle
+
+
+class Mixed(nn.Module):
+    """State of several kinds: large and small, tied, empty, part of a tensor, trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.big = nn.Parameter(torch.randn(300, 100))
+        self.first = nn.Parameter(torch.randn(5))
+        self.tied = self.first
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+        self.register_buffer("rows", torch.randn(6, 3)[1:4])
+        self.register_buffer("odd", torch.arange(3, dtype=torch.int8))
+        self.register_buffer("codes", torch.arange(100, dtype=torch.int8).flip(0))
+        self.register_buffer("wide", torch.tensor([2**40]))
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("scale", torch.tensor(0.3))
+
+    def forward(self, x):
+        total = sum(t.double().sum() for t in (*self.parameters(), *self.buffers()))
+        return x * (total + self.tied.sum())
+
+
+def test_tensors_share_entries_and_keep_what_they_are(tmp_path):
+    x, path = torch.ones(2), tmp_path / "mixed.pt2"
+    program = torch.export.export(Mixed(), (x,))
+    for _ in range(2):  # the second time what was loaded, whose tensors share memory
+        save_program(program, path)
+        loaded = torch.export.load(path)
+        assert torch.equal(loaded.module()(x), program.module()(x))
+        assert list(loaded.state_dict) == list(program.state_dict)
+        for name, tensor in program.state_dict.items():
+            other = loaded.state_dict[name]
+            assert type(other) is type(tensor)
+            assert (other.dtype, other.requires_grad) == (tensor.dtype, tensor.requires_grad), name
+            assert torch.equal(other, tensor), name
+            assert other.storage_offset() * other.itemsize % 64 == 0, name
+            assert other.untyped_storage().nbytes() <= max(2**16, tensor.nbytes)
+        aliases = [loaded.state_dict[name].data_ptr() for name in ("first", "tied")]
+        assert aliases[0] == aliases[1]
+        with zipfile.ZipFile(path) as archive:
+            # float32 that is trained or not and the large one of them, int8, int64, the empty tensor
+            assert sum("/weight_" in name for name in archive.namelist()) == 6
+        told = read_program_archive(path).tensors
+        for name, tensor in program.state_dict.items():
+            assert (told[name].shape, told[name].nbytes) == (tuple(tensor.shape), tensor.nbytes)
+            assert tensor.numel() == 0 or torch.equal(told[name].value, tensor), name
+        program = loaded
 
 
 class Trap:

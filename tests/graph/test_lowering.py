@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fquant as fq
-from fquant.graph import DEFAULT_TABLE, site_integers
+from fquant.graph import DEFAULT_TABLE, save_program, site_integers
 from fquant.testing.models import EXAMPLES
 from tests.graph.programs import (
     SITES,
@@ -47,13 +47,30 @@ def test_the_zoo_agrees_at_every_site(name, tmp_path):
     assert torch.equal(y.argmax(-1), expected.argmax(-1))
     assert before.keys() == program.state_dict.keys()  # not written
     assert all(torch.equal(t, program.state_dict[n]) for n, t in before.items())
-    torch.export.save(lowered, tmp_path / "lowered.pt2")
+    torch.export.save(lowered, tmp_path / "whole.pt2")
+    save_program(lowered, tmp_path / "lowered.pt2")
+    sizes = [(tmp_path / file).stat().st_size for file in ("whole.pt2", "lowered.pt2")]
+    print(f"{name}: torch.export.save {sizes[0]} bytes, save_program {sizes[1]}")
+    assert sizes[1] < sizes[0] / 3
     for module in (
         torch.export.load(tmp_path / "lowered.pt2").module(),
         torch.compile(lowered.module(), fullgraph=True, backend="aot_eager"),
         fq.prepack(lowered).module(),
     ):
         assert torch.equal(module(*inputs), y)
+
+
+def test_any_batch_runs_whatever_the_example_was(tmp_path):
+    x = torch.randn(16, 2, 6, 6)  # from 16 on torch runs another convolution
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=4))
+    varying = (({0: torch.export.Dim("batch")},),)
+    program = exported(model, (x,), dynamic_shapes=varying)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["conv_int8"] * 2
+    torch.export.save(lowered, tmp_path / "lowered.pt2")
+    loaded = torch.export.load(tmp_path / "lowered.pt2")
+    for one in (lowered, fq.prepack(lowered), loaded):
+        assert torch.equal(one.module()(x[:2]), lowered.module()(x)[:2])
 
 
 QUICK = [phase for phase in Phase if phase is not Phase.explain]
@@ -103,6 +120,29 @@ def test_a_clipped_output_stays_on_its_grid(bits, narrow):
     assert kernels(report) == ["linear_int8"]
     q = site_integers(lowered, x)["1/mark#0.output"]
     assert (q.min(), q.max()) == (spec.q_min, spec.q_max)
+    assert agreement(program, lowered, x)[0] > 0.99
+
+
+class Clamped(nn.Module):
+    def forward(self, x):
+        return fq.site("mark", x.clamp(-0.5, 0.9))
+
+
+def test_a_bound_that_is_the_integer_zero_is_kept():
+    """-0.5 at scale 0.01 and zero point 50, which is no ReLU."""
+    grid = fq.Quantizer(fq.QuantSpec(), symmetric=False)
+    model, x = nn.Sequential(nn.Linear(8, 16), Clamped()), torch.randn(16, 8)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    plan = fq.make_plan(model, [fq.OpRule(ops=("site",), output=grid), *fq.w8a8()], (x,))
+    stats = fq.calibrate_model(model, plan, params, [x], progress=False)
+    qstate = fq.finalize(plan, stats)
+    qstate["1/mark#0.output"] = torch.tensor(0.01)
+    qstate["1/mark#0.output.zero_point"] = torch.tensor(50.0)
+    program = fq.export_qdq(model, plan, params, qstate, (x,))
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["linear_int8"]
+    q = site_integers(lowered, x)["1/mark#0.output"]
+    assert (q.min(), q.max()) == (0, 127)
     assert agreement(program, lowered, x)[0] > 0.99
 
 

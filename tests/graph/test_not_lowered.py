@@ -6,7 +6,7 @@ from torch import nn
 
 import fquant as fq
 from fquant.graph import DEFAULT_TABLE
-from tests.graph.programs import exported, kernels, scene
+from tests.graph.programs import SITES, exported, kernels, scene
 from tests.graph.test_lowering_sparse import SparseResidual
 
 
@@ -94,3 +94,38 @@ def test_ranges_of_the_moment_run_in_integers(symmetric, unsigned, per):
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
     assert not any(n.target is torch.ops.aten.linear.default for n in lowered.graph.nodes)
     assert torch.equal(fq.prepack(lowered).module()(x), y)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return fq.site("fine", fq.site("coarse", x)) + 0.0
+
+
+def test_integers_on_another_grid_are_rounded_again():
+    """Q of DQ is nothing on one grid only."""
+    x = torch.linspace(-1.0, 1.0, 41)[None]
+    rules = [fq.OpRule(ops=("site",), output=fq.QuantSpec())]
+    plan = fq.make_plan(Twice(), rules, (x,))
+    scales = {"coarse#0.output": torch.tensor(0.05), "fine#0.output": torch.tensor(0.04)}
+    program = fq.export_qdq(Twice(), plan, {}, scales, (x,))
+    lowered = fq.lower(program).program
+    assert torch.equal(lowered.module()(x), program.module()(x))
+
+
+class Excited(nn.Module):
+    """A convolution to which one value per sample is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) + fq.site("mean", x.mean((1, 2, 3), keepdim=True))
+
+
+def test_a_residual_of_another_shape_is_no_part_of_the_layer():
+    x = torch.randn(2, 3, 5, 5)
+    program = exported(Excited(), (x,), [SITES, *fq.w8a8()])
+    lowered, report = fq.lower(program)
+    assert kernels(report)[0] == "conv_int8"
+    assert torch.allclose(lowered.module()(x), program.module()(x), atol=1e-5)

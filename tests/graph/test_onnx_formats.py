@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fquant as fq
-from fquant.graph import format_to_text
+from fquant.graph import format_to_text, is_dequantize, quantization_of
 from tests.graph.onnx_runtime import BATCH, compare, prepared
 
 onnx = pytest.importorskip("onnx")
@@ -36,6 +36,7 @@ FORMATS = {
     "activations in blocks": [fq.OpRule(inputs=fq.QuantSpec(5, axis=1, block=4))],
     "per channel": [fq.OpRule(inputs=fq.QuantSpec(5, axis=1))],
     "per token": fq.w8a8(dynamic=True),
+    "whole, dynamic": [fq.OpRule(inputs=fq.Quantizer(fq.QuantSpec(), dynamic=True))],
 }
 
 
@@ -82,6 +83,59 @@ def test_every_format_that_onnx_has_is_exact(weights, names, tmp_path):
         assert not any("weight" in name and "params" in name for name in types)
 
 
+class Dequantized(torch.fx.Interpreter):
+    """Runs a program and keeps what every DQ node gives."""
+
+    def __init__(self, program):
+        super().__init__(program.module(check_guards=False))
+        self.seen = {}
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if is_dequantize(n):
+            self.seen[quantization_of(n).name] = value.numpy()
+        return value
+
+
+def test_fp4_is_exact_in_the_reference_of_onnx(tmp_path):
+    """In opset 23; ONNX Runtime 1.32 has no implementation of the type on the CPU."""
+    reference = pytest.importorskip("onnx.reference")
+    rules = [
+        fq.OpRule(path=r"layers\.0", weight=fq.E2M1, inputs=fq.E2M1),
+        fq.OpRule(path=r"layers\.1", weight=dataclasses.replace(fq.E2M1, axis=0)),
+        fq.OpRule(
+            path=r"layers\.2", weight=dataclasses.replace(fq.E2M1, axis=(0, 1), block=(1, 4))
+        ),
+        fq.OpRule(path=r"layers\.3", inputs=dataclasses.replace(fq.E2M1, axis=1)),
+    ]
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    case = prepared(Parallel(4), (x,), rules)
+    case = (*case[:3], {name: scale / 2 for name, scale in case[3].items()})
+    x[0, :3] = torch.tensor([1e3, -1e3, 0.0])
+    scale = case[3]["layers.0/linear#0.input"]
+    x[1] = torch.arange(16) * scale / 4  # ties among them
+    program = fq.export_qdq(*case, (x[:2],), dynamic_shapes=(BATCH,), weights="integer")
+    fq.to_onnx(program, tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [o.version for o in model.opset_import if o.domain == ""] == [23]
+    run = Dequantized(program)
+    run.run(x)
+    nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    names = {n.output[0]: n.metadata_props[0].value for n in nodes}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    evaluator = reference.ReferenceEvaluator(model)
+    values = dict(
+        zip(evaluator.output_names, evaluator.run(None, {"args_0": x.numpy()}), strict=True)
+    )
+    assert set(names.values()) == set(run.seen)
+    for output, name in names.items():
+        assert np.array_equal(values[output], run.seen[name]), name
+        assert len(np.unique(values[output])) > 10
+    stored = [onnx.TensorProto.DataType.Name(i.data_type) for i in model.graph.initializer]
+    assert stored.count("FLOAT4E2M1") == 3
+
+
 class Shifted(nn.Module):
     """The two nodes with zero points, and in bfloat16."""
 
@@ -125,7 +179,7 @@ UPWARD = [fq.OpRule(weight=fq.QuantSpec(rounding="ceil"))]
             "'linear#0.weight': to_onnx: a format must be one that ONNX",
         ),
         (
-            [fq.OpRule(inputs=fq.E2M1)],
+            [fq.OpRule(inputs=fq.E3M2)],
             torch.float32,
             "'linear#0.input': to_onnx: a format must be one that ONNX",
         ),

@@ -13,13 +13,11 @@ from fquant.calibration import at_site
 from fquant.graph.editor import Editor, require_program
 from fquant.graph.onnx.qdq import QUANTIZER, qdq_translations
 from fquant.graph.onnx.sparse import define_sparse_operators, sparse_translations
-from fquant.graph.onnx.types import onnx_type_of
+from fquant.graph.onnx.types import onnx_type_of, opset_of
 from fquant.graph.qdq_ops import Quantization, is_dequantize, is_quantize, quantization_of
 from fquant.optional import require_package
 from fquant.serialization.atomic import replacing
 from fquant.spec import QuantSpec
-
-OPSET = 21
 
 
 def to_onnx(
@@ -29,7 +27,7 @@ def to_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> None:
-    """Writes a program of `export_qdq` as ONNX, opset 21, with QuantizeLinear and DequantizeLinear.
+    """Writes a program of `export_qdq` as ONNX with QuantizeLinear and DequantizeLinear.
 
     ONNX Runtime gives the same integers from the same inputs: rounding, saturation and, where the
     ONNX type is wider than the format, clipping are those of `fquant.quantize`. What is between may
@@ -37,9 +35,10 @@ def to_onnx(
 
         2 to 4 bits     INT4, UINT4         E4M3, E5M2            FLOAT8E4M3FN, FLOAT8E5M2
         5 to 8 bits     INT8, UINT8         E4M3FNUZ, E5M2FNUZ    FLOAT8E4M3FNUZ, FLOAT8E5M2FNUZ
-        9 to 16 bits    INT16, UINT16
+        9 to 16 bits    INT16, UINT16       E2M1                  FLOAT4E2M1
 
-    with a scale per tensor, per axis, or per block. Params and stored integers keep their names in the
+    in opset 21, with FLOAT4E2M1 in opset 23 (ONNX Runtime 1.32 has no CPU code for that type), and with
+    a scale per tensor, per axis, or per block. Params and stored integers keep their names in the
     program's state, both operators carry the quantizer's name in their metadata, and dynamic sizes stay
     dynamic.
     Sparse layers are operators of the domain "fquant" (`fquant.graph.onnx.sparse`). The file is
@@ -69,16 +68,18 @@ def to_onnx(
         >>> fquant.to_onnx(program, tempfile.mkdtemp() + "/model.onnx")
 
     References:
-        ONNX operators QuantizeLinear and DequantizeLinear, version 21.
+        ONNX operators QuantizeLinear and DequantizeLinear, versions 21 and 23.
     """
     require_program("to_onnx", program)
     onnx = require_package("onnx", "fquant.to_onnx", "onnx")
     require_package("onnxscript", "fquant.to_onnx", "onnx")
     inside = _require_expressible(program)
+    quantizers = [n for n in program.graph.nodes if is_quantize(n) or is_dequantize(n)]
+    opset = opset_of(quantization_of(n).format for n in quantizers)
     exported = torch.onnx.export(
         program,
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         optimize=False,
         verbose=False,
         custom_translation_table={**qdq_translations(inside), **sparse_translations()},
@@ -87,7 +88,7 @@ def to_onnx(
     _type_codes(exported.model)
     exported.optimize()
     _drop_traces(exported.model)
-    _drop_what_follows(exported.model)
+    _drop_what_follows(exported.model, opset)
     define_sparse_operators(exported.model)  # last: optimizing puts functions in place of calls
     _rename("input_names", exported.model.graph.inputs, input_names)
     _rename("output_names", exported.model.graph.outputs, output_names)
@@ -122,19 +123,26 @@ def _drop_traces(model: Any) -> None:
     model.metadata_props.clear()
 
 
-def _drop_what_follows(model: Any) -> None:
+# The attributes of convolutions and pools that are lists, and what each of them is if it is absent.
+_ABSENT = {"pads": 0, "strides": 1, "dilations": 1}
+
+
+def _drop_what_follows(model: Any, opset: int) -> None:
     """Takes out what readers work out by themselves: inner shapes, and attributes at their default."""
     onnx = require_package("onnx", "fquant.to_onnx", "onnx")
+    for value in model.graph.initializers.values():
+        value.shape = value.type = None  # the tensor has its own
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
-        if node.domain or not onnx.defs.has(node.op_type, OPSET):
+        if node.domain or not onnx.defs.has(node.op_type, opset):
             continue
-        known = onnx.defs.get_schema(node.op_type, OPSET).attributes
+        known = onnx.defs.get_schema(node.op_type, opset).attributes
         for name, attribute in list(node.attributes.items()):
             default = known[name].default_value if name in known else None
-            if default is not None and default.type and _value_of(default) == attribute.value:
+            static = default is not None and default.type and _value_of(default) == attribute.value
+            if static or (name in _ABSENT and set(attribute.value) == {_ABSENT[name]}):
                 del node.attributes[name]
 
 
@@ -180,7 +188,7 @@ def _stays_inside(editor: Editor, at: Quantization, q: torch.Tensor) -> bool:
 
 
 def _type_codes(model: Any) -> None:
-    """Gives codes their ONNX types: torch holds 4-bit integers in int8, and float8 codes in uint8."""
+    """Gives codes their ONNX types: torch holds 4-bit integers in int8, and float codes in uint8."""
     ir = require_package("onnx_ir", "fquant.to_onnx", "onnx")
     graph, typed = model.graph, {}
     for node in list(graph):
@@ -196,7 +204,7 @@ def _type_codes(model: Any) -> None:
             raise ValueError(f"to_onnx: codes must be of a Q node or stored, got {stored.name}.")
         if stored.name not in typed:
             codes, dtype = stored.const_value.numpy(), to.numpy()
-            codes = codes.view(dtype) if to.name.startswith("FLOAT8") else codes.astype(dtype)
+            codes = codes.view(dtype) if to.name.startswith("FLOAT") else codes.astype(dtype)
             typed[stored.name] = ir.tensor(codes, name=stored.name)
         node.outputs[0].replace_all_uses_with(stored)
         graph.remove(node, safe=True)

@@ -8,6 +8,8 @@ where the type it saturates to has the format's range. Elsewhere x is clipped to
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
+
 from fquant.formats import Format
 from fquant.graph.onnx.types import onnx_type_of
 from fquant.graph.qdq_ops import dequantize, format_from_text, quantize
@@ -49,7 +51,24 @@ def qdq_translations(inside: Collection[str]) -> dict[Any, Callable[..., Any]]:
         y.producer().metadata_props[QUANTIZER] = name
         return y if dtype == types.FLOAT else layout.op.Cast(y, to=dtype)
 
-    return {quantize: emit_quantize, dequantize: emit_dequantize}
+    aten = torch.ops.aten
+    return {
+        quantize: emit_quantize,
+        dequantize: emit_dequantize,
+        aten.amax.default: _emit_reduction("ReduceMax"),
+        aten.amin.default: _emit_reduction("ReduceMin"),
+    }
+
+
+def _emit_reduction(name: str) -> Callable[..., Any]:
+    """The largest or least of all elements too, which onnxscript 0.7's own does not translate."""
+
+    def emit(x: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        op = require_package("onnxscript", "fquant.to_onnx", "onnx").opset21
+        axes = op.Constant(value_ints=list(dim)) if dim else None
+        return getattr(op, name)(x, axes, keepdims=int(keepdim))
+
+    return emit
 
 
 class _Layout:
