@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,18 +52,34 @@ def test_per_sample_gradients():
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What two processes print that torchrun started."""
-    script = str(Path(__file__).parent / "two_processes.py")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, script],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path_factory.mktemp("two"),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What two processes print that are started as torchrun starts them."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    said = [open(folder / f"rank{rank}", "w+") for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "two_processes.py")],
+            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            cwd=folder,
+        )
+        for rank, file in enumerate(said)
+    ]
+    try:
+        results = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, (process, file) in enumerate(zip(ranks, said, strict=True)):
+        with file:
+            file.seek(0)
+            end = file.read()[-20_000:]
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{end}"
+    return json.loads(results[0].splitlines()[-1])
 
 
 def test_two_processes_are_one(two_processes):
