@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,33 +54,31 @@ def test_per_sample_gradients():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What two processes print that are started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("two")
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    said = [open(folder / f"rank{rank}", "w+") for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "two_processes.py")],
+            # Of one that is aborted, the stack is told.
+            [sys.executable, "-X", "faulthandler", str(Path(__file__).parent / "two_processes.py")],
             env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
-            stderr=file,
+            stderr=subprocess.PIPE,
             text=True,
-            cwd=folder,
+            cwd=tmp_path_factory.mktemp("two"),
         )
-        for rank, file in enumerate(said)
+        for rank in range(2)
     ]
     try:
-        results = [process.communicate(timeout=240)[0] for process in ranks]
+        with ThreadPoolExecutor(2) as pool:  # reads what both say, so that none waits to say more
+            said = list(pool.map(lambda process: process.communicate(timeout=240), ranks))
     finally:
         for process in ranks:
             process.kill()
-    for rank, (process, file) in enumerate(zip(ranks, said, strict=True)):
-        with file:
-            file.seek(0)
-            end = file.read()[-20_000:]
+    for rank, (process, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
+        end = errors[-20_000:]
         assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{end}"
-    return json.loads(results[0].splitlines()[-1])
+    return json.loads(said[0][0].splitlines()[-1])
 
 
 def test_two_processes_are_one(two_processes):

@@ -22,7 +22,9 @@ def main(cases: int, checks: list[str]) -> None:
             try:
                 CHECKS[check](seed)
             except Exception as error:
-                raise SystemExit(f"{check}, seed {seed}: {type(error).__name__}: {error}") from error
+                raise SystemExit(
+                    f"{check}, seed {seed}: {type(error).__name__}: {error}"
+                ) from error
         print(f"{check}: {cases} cases in {time.perf_counter() - start:.1f} s")
 
 
