@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Inductor else keeps processes of its own, each of which imports torch, for a few small programs.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# A tenth of the time of tracing else goes into looking through what torch keeps for good.
+# 8 % of the time of compiling models else goes into looking through what torch keeps for good.
 gc.set_threshold(50_000, 20, 50)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
