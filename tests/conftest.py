@@ -1,6 +1,7 @@
 """Hypothesis profiles: `dev` (50 examples), `ci` (200, the same every run), `thorough` (2000); seeds."""
 
 import functools
+import gc
 import os
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import HealthCheck, settings
 
 # Inductor else compiles a program of its own, for seconds, to see whether the compiler knows the CPU.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Inductor else keeps processes of its own, each of which imports torch, for a few small programs.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# 8 % of the time of compiling models else goes into looking through what torch keeps for good.
+gc.set_threshold(50_000, 20, 50)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

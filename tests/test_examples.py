@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,18 +53,32 @@ def test_per_sample_gradients():
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What two processes print that torchrun started."""
-    script = str(Path(__file__).parent / "two_processes.py")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, script],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path_factory.mktemp("two"),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What two processes print that are started as torchrun starts them."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            # Of one that is aborted, the stack is told.
+            [sys.executable, "-X", "faulthandler", str(Path(__file__).parent / "two_processes.py")],
+            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path_factory.mktemp("two"),
+        )
+        for rank in range(2)
+    ]
+    try:
+        with ThreadPoolExecutor(2) as pool:  # reads what both say, so that none waits to say more
+            said = list(pool.map(lambda process: process.communicate(timeout=240), ranks))
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, (process, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
+        end = errors[-20_000:]
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{end}"
+    return json.loads(said[0][0].splitlines()[-1])
 
 
 def test_two_processes_are_one(two_processes):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from fquant.sparse import conv_map
 from fquant.testing import strategies
+
+# The first one found will do: to make it smaller takes most of the time.
+FIRST = settings(phases=[Phase.generate], max_examples=2000)
 
 
 @given(strategies.quant_cases())
@@ -32,7 +35,7 @@ def test_quant_cases_fit_their_grid(case):
     ],
 )
 def test_quant_cases_reach(wanted):
-    find(strategies.quant_cases(), wanted)
+    find(strategies.quant_cases(), wanted, settings=FIRST)
 
 
 @given(strategies.sparse_tensors())
@@ -51,7 +54,7 @@ def test_sparse_tensors_are_valid(x):
     ],
 )
 def test_sparse_tensors_reach(wanted):
-    find(strategies.sparse_tensors(), wanted)
+    find(strategies.sparse_tensors(), wanted, settings=FIRST)
 
 
 @given(st.data())

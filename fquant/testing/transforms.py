@@ -252,12 +252,61 @@ DERIVATIVE_CHECKS: tuple[Check, ...] = (
     compile_grad,
     compile_vmap_grad,
 )
+GRAPH_CHECKS: tuple[Check, ...] = (
+    compile_forward,
+    export,
+    compile_backward,
+    compile_grad,
+    compile_vmap_grad,
+)
+
+
+def side_by_side(cases: Sequence[TransformCase]) -> TransformCase:
+    """Returns one case of several: their results in a row, each of its own arguments.
+
+    The cases have one tolerance, one dtype, and all have derivatives or none has.
+    """
+
+    def row(functions: list[Callable[..., Tensor]]) -> Callable[..., Tensor]:
+        def function(*args: Tensor) -> Tensor:
+            rest = iter(args)
+            own = [[next(rest) for _ in case.arguments] for case in cases]
+            return torch.cat([f(*a).flatten() for f, a in zip(functions, own, strict=True)])
+
+        return function
+
+    slopes = [case.slope for case in cases if case.slope is not None]
+    return TransformCase(
+        f"{cases[0].name} to {cases[-1].name}",
+        row([case.function for case in cases]),
+        row([case.value for case in cases]),
+        row(slopes) if slopes else None,
+        tuple(a for case in cases for a in case.arguments),
+        cases[0].atol,
+    )
+
+
+def _rows(cases: Sequence[TransformCase]) -> list[TransformCase]:
+    alike: dict[object, list[TransformCase]] = {}
+    for case in cases:
+        dtype = case.value(*case.arguments).dtype
+        alike.setdefault((case.slope is None, case.atol, dtype), []).append(case)
+    return [side_by_side(row) if len(row) > 1 else row[0] for row in alike.values()]
 
 
 def transform_matrix(cases: Sequence[TransformCase]) -> list[object]:
-    """Returns every (case, check) pair that applies, as `pytest.param`s with readable ids."""
-    return [
-        pytest.param(case, check, id=f"{case.name}-{check.__name__}")
-        for case in cases
-        for check in VALUE_CHECKS + (DERIVATIVE_CHECKS if case.slope is not None else ())
-    ]
+    """Returns every (case, check) pair that applies, as `pytest.param`s with readable ids.
+
+    What is compiled or exported is all cases that are alike `side_by_side`: to start a compiler takes
+    longer than one function more.
+    """
+
+    def pairs(cases: Sequence[TransformCase], graphs: bool) -> list[object]:
+        return [
+            pytest.param(case, check, id=f"{case.name}-{check.__name__}")
+            for case in cases
+            for check in VALUE_CHECKS + (DERIVATIVE_CHECKS if case.slope is not None else ())
+            if (check in GRAPH_CHECKS) == graphs
+        ]
+
+    return pairs(cases, graphs=False) + pairs(_rows(cases), graphs=True)
