@@ -89,11 +89,7 @@ int run(const ConvPath& path, ConvArgs args, const float* scale, const float* bi
   threads = min64(threads, min64(blocks, 1 + work / (1 << 22)));
   if (threads < 1) threads = 1;
 
-  // With fewer channels than a step takes, 8 to 8: 3.8 ms in place of 3.0 (Zen 3); with 12 to 16 the
-  // same, with 20 to 32 already faster.
-  const bool fills_step =
-      path.nonnegative != nullptr && args.channels >= path.nonnegative->layout.group;
-  if (fills_step && none_is_negative(path, args, threads)) {
+  if (path.nonnegative != nullptr && path.gains(args) && none_is_negative(path, args, threads)) {
     args.packed = static_cast<const char*>(args.packed) +
                   layout_bytes(path.layout, args.out_channels, args.taps, args.channels);
     return run(*path.nonnegative, args, scale, bias, threads);

@@ -57,6 +57,7 @@ struct ConvPath {
   // A faster path for inputs of which none is negative, or null. Its packed weights come after
   // this path's.
   const ConvPath* nonnegative;
+  bool (*gains)(const ConvArgs&);  // whether it is faster for these sizes
   bool (*is_nonnegative)(const int8_t* features, int64_t count);
 };
 

@@ -86,13 +86,22 @@ const ConvPath nonnegative = {
     block<NonnegativeTraits>,
     nonnegative_peak,
     nullptr,
+    nullptr,
     nullptr};
+
+// With fewer channels than a step takes, 8 to 8: 3.8 ms in place of 3.0 (Zen 3); with 12 to 16 the
+// same, with 20 to 32 already faster. 16 to 16 row by row, memory cold, is 14 % faster than this.
+bool gains(const ConvArgs& a) {
+  if (a.channels < NonnegativeTraits::kGroup) return false;
+  return !by_rows(a) || a.channels * a.out_channels > 256;
+}
 
 constexpr ConvPath int8_path(ConvPath path) {
   path.scratch_bytes = int8_scratch_bytes;
   path.block = int8_block;
   path.peak = nonnegative_peak;
   path.nonnegative = &nonnegative;
+  path.gains = gains;
   path.is_nonnegative = is_nonnegative;
   return path;
 }

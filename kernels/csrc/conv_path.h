@@ -49,5 +49,6 @@ constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)
                   block<T>,
                   peak<T>,
                   nullptr,
+                  nullptr,
                   nullptr};
 }
