@@ -75,6 +75,17 @@ struct NonnegativeTraits : Int8Base {
     for (int v = 0; v < V; ++v) store(acc + v * kLanes, sum[v]);
   }
 
+  // Not inlined: with what surrounds it, its loops keep fewer variables in registers and take 8 to 15 % more.
+  template <int V, int SEGMENT, bool FRESH>
+  static __attribute__((noinline)) void add_rows(int64_t pairs, const int8_t* features,
+                                                 int64_t stride, const int32_t* index,
+                                                 const uint8_t* row, const int8_t* weight,
+                                                 int64_t steps, int32_t* acc, int64_t pitch) {
+    for (int64_t p = 0; p < pairs; ++p) {
+      add_row<V, SEGMENT, FRESH>(features + index[p] * stride, weight, steps, acc + row[p] * pitch);
+    }
+  }
+
   template <int V, bool FRESH>
   static void run_tile(int64_t pairs, const int8_t* features, int64_t stride, const int32_t* index,
                        const uint8_t* row, const int8_t* weight, int64_t steps, int32_t* acc,
@@ -82,18 +93,14 @@ struct NonnegativeTraits : Int8Base {
     int32_t quads;
     __builtin_memcpy(&quads, weight, sizeof(quads));
     weight += V * 32;
-    const auto add_rows = [&](auto segment, auto fresh, int64_t first) {
-      const int64_t count = min64(kMostSteps, steps - first);
-      for (int64_t p = 0; p < pairs; ++p) {
-        add_row<V, decltype(segment)::value, decltype(fresh)::value>(
-            features + index[p] * stride + first * kGroup, weight + first * (V * 192), count,
-            acc + row[p] * pitch);
-      }
-    };
     const auto add_all = [&](auto segment) {
-      add_rows(segment, std::integral_constant<bool, FRESH>{}, 0);
+      constexpr int kSegment = decltype(segment)::value;
+      add_rows<V, kSegment, FRESH>(pairs, features, stride, index, row, weight,
+                                   min64(kMostSteps, steps), acc, pitch);
       for (int64_t s = kMostSteps; s < steps; s += kMostSteps) {
-        add_rows(segment, std::false_type{}, s);
+        add_rows<V, kSegment, false>(pairs, features + s * kGroup, stride, index, row,
+                                     weight + s * (V * 192), min64(kMostSteps, steps - s), acc,
+                                     pitch);
       }
     };
     if (quads == 4) {
