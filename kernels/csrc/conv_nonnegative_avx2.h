@@ -75,7 +75,8 @@ struct NonnegativeTraits : Int8Base {
     for (int v = 0; v < V; ++v) store(acc + v * kLanes, sum[v]);
   }
 
-  // Not inlined: with what surrounds it, its loops keep fewer variables in registers and take 8 to 15 % more.
+  // Not inlined: with what surrounds it, its loops keep fewer variables in registers and take 8 to
+  // 15 % more.
   template <int V, int SEGMENT, bool FRESH>
   static __attribute__((noinline)) void add_rows(int64_t pairs, const int8_t* features,
                                                  int64_t stride, const int32_t* index,
