@@ -85,9 +85,11 @@ class _Reader:
 
     def note(self, record: Any) -> bool:
         if isinstance(record, SparseTensor):
-            self.features.append(record.features)  # type: ignore[arg-type]  # nodes for tensors
+            node: Any = record.features  # records of nodes in place of tensors
+            self.features.append(node)
         elif isinstance(record, KernelMap):
-            self.kernel_maps[record.neighbors] = record  # type: ignore[index]
+            node = record.neighbors
+            self.kernel_maps[node] = record
         return isinstance(record, KernelMap)
 
     def card(self) -> NetworkCard:
@@ -132,8 +134,9 @@ class _Reader:
             self.refuse(node, f"a sparse convolution, max pool or cat of int8 ({node.target})")
 
     def conv(self, node: Node) -> None:
-        x, q, neighbors, multiplier, offset, residual, residual_step, relu, dtype = node.args
-        source = self.values.get(x)  # type: ignore[arg-type]
+        arguments: Any = node.args
+        x, q, neighbors, multiplier, offset, residual, residual_step, relu, dtype = arguments
+        source = self.values.get(x)
         if source is None or source.scale is None:
             self.refuse(node, "a convolution of int8 results")
         in_scale = source.scale
@@ -144,7 +147,7 @@ class _Reader:
                 self.refuse(node, "one that `lower` made, with the step of its result")
             out_scale = torch.tensor(text)
         key, cells = self.map(node, neighbors, source.cells)
-        head, _, tail = multiplier.name.removeprefix("b_lowered_").rpartition("_scale")  # type: ignore[union-attr]
+        head, _, tail = multiplier.name.removeprefix("b_lowered_").rpartition("_scale")
         name = head + tail
 
         def per_output(value: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class _Reader:
         if bool((weight[step < 0] == INT8.q_min).any()):
             self.refuse(node, "one whose channels of negative step have no weight of -128")
         sign = step.sign().to(torch.int8).view(-1, *[1] * (weight.ndim - 1))
-        kernel = self.kernel_maps[neighbors].kernel_size  # type: ignore[index]
+        kernel = self.kernel_maps[neighbors].kernel_size
         weight = torch.where(sign < 0, -weight, weight).unflatten(1, kernel)
         scale = step.abs().view(-1, *[1] * (weight.ndim - 1))
         self.weights[name] = QTensor(weight, scale, spec=INT8)
@@ -163,9 +166,11 @@ class _Reader:
             self.biases[name] = self.solved(node, self.editor.value(offset), per_output)
         added = None
         if residual is not None:
-            added = self.values.get(residual)  # type: ignore[arg-type]
-            known = added is not None and added.scale is not None and added.cells == cells
-            if not known or per_output(added.scale) != self.editor.value(residual_step):  # type: ignore[union-attr,arg-type]
+            added = self.values.get(residual)
+            step_of_added = None if added is None or added.cells != cells else added.scale
+            if step_of_added is None or per_output(step_of_added) != self.editor.value(
+                residual_step
+            ):
                 self.refuse(node, "one with a residual of int8 results at the cells that it writes")
         named = None if added is None else added.name
         self.layers.append(CardLayer(name, "conv", (source.name,), key, named, bool(relu)))

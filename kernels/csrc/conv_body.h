@@ -5,10 +5,9 @@
 // the copy compiled for AVX-512.
 //
 // Traits: Elem (feature), Weight, Acc, V, kLanes, kGroup, kTileVectors, kUnsigned (weights are
-// w + 128), kSegments (weights are in segments), kStage (rows must be widened, and are read where they
-// are staged), rows(vectors) = rows of a micro tile, kFinishLanes =
-// channels that finish takes at most, load, store, load_weight, broadcast, dot,
-// stage_row, finish.
+// w + 128), kSegments (weights are in segments), kStage (rows must be widened, and are read where
+// they are staged), kFinishLanes (channels that finish takes at most), rows(vectors) = rows of a
+// micro tile, load, store, load_weight, broadcast, dot, stage_row, finish.
 
 template <class T>
 struct Scratch {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fquant as fq
-from fquant.graph import is_quantize, quantization_of
+from fquant.graph import is_dequantize, is_quantize, quantization_of
 from fquant.graph.onnx.qdq import QUANTIZER
 
 onnx = pytest.importorskip("onnx")
@@ -28,11 +28,12 @@ def prepared(model, inputs, rules):
 
 
 class Watched(torch.fx.Interpreter):
-    """Runs a program and keeps what every Q node gives."""
+    """Runs a program and keeps what every Q and every DQ node gives."""
 
     def __init__(self, program):
         super().__init__(program.module(check_guards=False))
         self.integers = {}
+        self.dequantized = {}
 
     def run_node(self, node):
         value = super().run_node(node)
@@ -40,6 +41,8 @@ class Watched(torch.fx.Interpreter):
             at = quantization_of(node)
             levels = at.format.decode(value, torch.float64).numpy()  # of float8 codes, the values
             self.integers.setdefault(at.name, []).append(levels)
+        elif is_dequantize(node):
+            self.dequantized[quantization_of(node).name] = value.numpy()
         return value
 
 

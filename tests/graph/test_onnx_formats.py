@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fquant as fq
-from fquant.graph import format_to_text, is_dequantize, quantization_of
-from tests.graph.onnx_runtime import BATCH, compare, prepared
+from fquant.graph import format_to_text
+from tests.graph.onnx_runtime import BATCH, Watched, compare, prepared
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -83,20 +83,6 @@ def test_every_format_that_onnx_has_is_exact(weights, names, tmp_path):
         assert not any("weight" in name and "params" in name for name in types)
 
 
-class Dequantized(torch.fx.Interpreter):
-    """Runs a program and keeps what every DQ node gives."""
-
-    def __init__(self, program):
-        super().__init__(program.module(check_guards=False))
-        self.seen = {}
-
-    def run_node(self, n):
-        value = super().run_node(n)
-        if is_dequantize(n):
-            self.seen[quantization_of(n).name] = value.numpy()
-        return value
-
-
 def test_fp4_is_exact_in_the_reference_of_onnx(tmp_path):
     """In opset 23; ONNX Runtime 1.32 has no implementation of the type on the CPU."""
     reference = pytest.importorskip("onnx.reference")
@@ -119,7 +105,7 @@ def test_fp4_is_exact_in_the_reference_of_onnx(tmp_path):
     fq.to_onnx(program, tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     assert [o.version for o in model.opset_import if o.domain == ""] == [23]
-    run = Dequantized(program)
+    run = Watched(program)
     run.run(x)
     nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
     names = {n.output[0]: n.metadata_props[0].value for n in nodes}
@@ -128,9 +114,9 @@ def test_fp4_is_exact_in_the_reference_of_onnx(tmp_path):
     values = dict(
         zip(evaluator.output_names, evaluator.run(None, {"args_0": x.numpy()}), strict=True)
     )
-    assert set(names.values()) == set(run.seen)
+    assert set(names.values()) == set(run.dequantized)
     for output, name in names.items():
-        assert np.array_equal(values[output], run.seen[name]), name
+        assert np.array_equal(values[output], run.dequantized[name]), name
         assert len(np.unique(values[output])) > 10
     stored = [onnx.TensorProto.DataType.Name(i.data_type) for i in model.graph.initializer]
     assert stored.count("FLOAT4E2M1") == 3

@@ -139,6 +139,18 @@ def test_int16_sums_never_wrap(values: list[int], quads: int) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("num_channels", [384, 385, 900])
+def test_wide_layers(isa: str, num_channels: int) -> None:
+    # Their weights are read in parts of 384 channels where no input is negative (AVX2).
+    case = random_case(40, num_channels, 40, taps=2)
+    case = case._replace(features=case.features.clamp(min=0))
+    whole = case._replace(neighbors=torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous())
+    for each in (case, whole):
+        want = reference.sparse_conv_int8(*each)
+        assert torch.equal(cpu.sparse_conv_int8(*each, isa=isa), want)
+
+
+@each_isa
 @pytest.mark.parametrize("place", [0, 31, 32, 98])
 def test_one_negative_input_is_seen(isa: str, place: int) -> None:
     features = torch.full((99, 1), 100, dtype=torch.int8)

@@ -15,7 +15,8 @@ def pack_weight(weight: Tensor, isa: str | None = None) -> Tensor:
 
     For the vpdpbusd paths each weight is stored as `w + 128`, unsigned, because that instruction
     multiplies unsigned by signed bytes and the signed side is the activations; the kernel takes
-    `128 * sum(inputs)` off again. Channels are padded with zeros to whole vectors.
+    `128 * sum(inputs)` off again. For AVX2 they are there twice, as int16 for inputs of both signs and
+    as bytes for inputs of which none is negative. Channels are padded with zeros to whole vectors.
 
     Args:
         weight: `(Cout, K, Cin)` int8.
