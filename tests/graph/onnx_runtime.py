@@ -42,7 +42,7 @@ class Watched(torch.fx.Interpreter):
             levels = at.format.decode(value, torch.float64).numpy()  # of float8 codes, the values
             self.integers.setdefault(at.name, []).append(levels)
         elif is_dequantize(node):
-            self.dequantized[quantization_of(node).name] = value.numpy()
+            self.dequantized[quantization_of(node).name] = value
         return value
 
 
