@@ -90,12 +90,14 @@ int run(const ConvPath& path, ConvArgs args, const float* scale, const float* bi
   if (threads < 1) threads = 1;
 
   if (path.nonnegative != nullptr && path.gains(args) && none_is_negative(path, args, threads)) {
-    args.packed = static_cast<const char*>(args.packed) +
-                  layout_bytes(path.layout, args.out_channels, args.taps, args.channels);
+    if (packs_again(path)) {
+      args.packed = static_cast<const char*>(args.packed) +
+                    layout_bytes(path.layout, args.out_channels, args.taps, args.channels);
+    }
     return run(*path.nonnegative, args, scale, bias, threads);
   }
   std::unique_ptr<int32_t[]> sums;
-  if (path.row_sums != nullptr && path.needs_row_sums(args)) {
+  if (path.row_sums != nullptr) {
     sums.reset(new int32_t[args.inputs]);
     args.row_sums = sums.get();
     const int64_t grain = 16384;

@@ -37,7 +37,6 @@ struct ConvArgs {
 struct PackLayout {
   int64_t lanes, group, tile_vectors;
   int64_t elem_bytes;
-  bool is_unsigned;  // stored as w + 128
   bool segments;     // bytes to be summed in int16: see conv_nonnegative_avx2.h
 };
 
@@ -49,13 +48,12 @@ constexpr int64_t segment_lane_bytes(int64_t steps) { return 4 + steps * (16 + 4
 struct ConvPath {
   PackLayout layout;
   int64_t (*scratch_bytes)(const ConvArgs&);
-  bool (*needs_row_sums)(const ConvArgs&);  // asked where row_sums is there
   void (*row_sums)(const ConvArgs&, int64_t first, int64_t last);  // null where not needed
   bool (*block)(const ConvArgs&, void* scratch, int64_t index);    // false: neighbor >= inputs
   int64_t (*peak)(int64_t rounds, int32_t* sink);                  // register-only; operations done
 
-  // A faster path for inputs of which none is negative, or null. Its packed weights come after
-  // this path's.
+  // A faster path for inputs of which none is negative, or null. Where its layout is not this
+  // path's, its packed weights come after this path's.
   const ConvPath* nonnegative;
   bool (*gains)(const ConvArgs&);  // whether it is faster for these sizes
   bool (*is_nonnegative)(const int8_t* features, int64_t count);

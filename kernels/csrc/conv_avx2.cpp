@@ -57,7 +57,7 @@ struct FloatTraits {
   using V = __m256;
   using W = __m256;
   static constexpr int64_t kLanes = 8, kGroup = 1, kFinishLanes = 8;
-  static constexpr int kTileVectors = 2;
+  static constexpr int kTileVectors = 2, kFewWeights = 0;
   static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
   static V load(const Acc* p) { return _mm256_loadu_ps(p); }
@@ -79,9 +79,8 @@ struct FloatTraits {
 };
 
 const ConvPath nonnegative = {
-    {Int8Base::kLanes, NonnegativeTraits::kGroup, NonnegativeTraits::kTileVectors, 1, false, true},
+    {Int8Base::kLanes, NonnegativeTraits::kGroup, NonnegativeTraits::kTileVectors, 1, true},
     scratch_bytes<NonnegativeTraits>,
-    always<NonnegativeTraits>,
     nullptr,
     block<NonnegativeTraits>,
     nonnegative_peak,

@@ -182,7 +182,7 @@ struct Int8Base {
   using V = __m256i;
   using W = __m256i;
   static constexpr int64_t kLanes = 8, kFinishLanes = 32;
-  static constexpr int kTileVectors = 2;
+  static constexpr int kTileVectors = 2, kFewWeights = 0;
   static V load(const Acc* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(Acc* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static __m256i broadcast4(const void* p) {

@@ -72,17 +72,19 @@ struct Float {
 struct Int8Traits {
   using Elem = int8_t;
   using Staged = int8_t;
-  using Weight = uint8_t;
+  using Weight = int8_t;
   using Acc = int32_t;
   using V = __m512i;
   using W = __m512i;
   static constexpr int64_t kLanes = 16, kGroup = 4, kFinishLanes = 16;
-  static constexpr int kTileVectors = 4;
+  static constexpr int kTileVectors = 4, kFewWeights = 16;
   static constexpr bool kUnsigned = true, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
   static V load(const Acc* p) { return _mm512_loadu_si512(p); }
   static void store(Acc* p, V v) { _mm512_storeu_si512(p, v); }
-  static W load_weight(const Weight* p) { return _mm512_loadu_si512(p); }
+  static W load_weight(const Weight* p) {  // w + 128
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+  }
   static __m512i broadcast(const Staged* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);
@@ -104,7 +106,22 @@ struct Int8Traits {
   }
 };
 
-#include "conv_rows.h"
+// For inputs that are not negative: these are the unsigned side, and the weights the signed one, so
+// there is nothing to take off.
+struct NonnegativeTraits : Int8Traits {
+  static constexpr bool kUnsigned = false;
+  static W load_weight(const Weight* p) { return _mm512_loadu_si512(p); }
+  static V dot(V acc, W w, __m512i x) { return _mm512_dpbusd_epi32(acc, x, w); }
+};
+
+bool is_nonnegative(const int8_t* features, int64_t count) {
+  __m512i all = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 live = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+    all = _mm512_or_si512(all, _mm512_maskz_loadu_epi8(live, features + i));
+  }
+  return _mm512_movepi8_mask(all) == 0;
+}
 
 void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
   const int8_t* features = static_cast<const int8_t*>(a.features);
@@ -129,7 +146,7 @@ struct FloatTraits {
   using V = __m512;
   using W = __m512;
   static constexpr int64_t kLanes = 16, kGroup = 1, kFinishLanes = 16;
-  static constexpr int kTileVectors = 4;
+  static constexpr int kTileVectors = 4, kFewWeights = 0;
   static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 4; }
   static V load(const Acc* p) { return _mm512_loadu_ps(p); }
@@ -148,16 +165,18 @@ struct FloatTraits {
   }
 };
 
-constexpr ConvPath rows_path(ConvPath path) {
-  path.scratch_bytes = int8_scratch_bytes;
-  path.needs_row_sums = needs_row_sums;
-  path.block = int8_block;
+constexpr ConvPath nonnegative = make_path<NonnegativeTraits>(nullptr);
+
+constexpr ConvPath int8_path(ConvPath path) {
+  path.nonnegative = &nonnegative;
+  path.gains = always;
+  path.is_nonnegative = is_nonnegative;
   return path;
 }
 
 }  // namespace
 
-extern const ConvPath conv_int8_avx512vnni = rows_path(make_path<Int8Traits>(row_sums));
+extern const ConvPath conv_int8_avx512vnni = int8_path(make_path<Int8Traits>(row_sums));
 extern const ConvPath conv_float_avx512 = make_path<FloatTraits>(nullptr);
 
 }  // namespace fquant

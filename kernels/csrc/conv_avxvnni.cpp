@@ -12,12 +12,13 @@ namespace {
 
 struct Int8Traits : Int8Base {
   using Staged = int8_t;
-  using Weight = uint8_t;
+  using Weight = int8_t;
   static constexpr int64_t kGroup = 4;
   static constexpr bool kUnsigned = true, kSegments = false, kStage = false;
   static constexpr int rows(int vectors) { return vectors == 2 ? 6 : 8; }
-  static W load_weight(const Weight* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  static W load_weight(const Weight* p) {  // w + 128
+    return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                            _mm256_set1_epi8(-128));
   }
   static __m256i broadcast(const Staged* p) { return broadcast4(p); }
   static V dot(V acc, W w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }

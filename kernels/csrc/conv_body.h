@@ -72,7 +72,7 @@ template <class T>
 void add_compensation(const ConvArgs& a, const Scratch<T>& s, int64_t rows) {
   const char* features = static_cast<const char*>(a.features);
   const int64_t row_bytes = a.channels * static_cast<int64_t>(sizeof(typename T::Elem));
-  if (T::kUnsigned) __builtin_memset(s.compensation, 0, rows * sizeof(uint32_t));
+  __builtin_memset(s.compensation, 0, rows * sizeof(uint32_t));
   for (int64_t p = 0; p < s.split[a.taps]; ++p) {
     __builtin_prefetch(features + s.index[p] * row_bytes);
     if (T::kUnsigned) {

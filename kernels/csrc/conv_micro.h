@@ -2,6 +2,37 @@
 //
 // Included by conv_body.h, which says what the traits T have.
 
+// Few input and output channels: the weights of the tap stay in registers, and pairs are taken one by
+// one, their instructions mixed by the processor. Against micro_tile on Zen 5: TODO.
+template <class T, int STEPS, int V, bool FRESH>
+void few_weights(int64_t pairs, const typename T::Staged* features, int64_t stride,
+                 const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
+                 typename T::Acc* acc, int64_t pitch) {
+  typename T::W w[STEPS][V];
+#pragma GCC unroll 8
+  for (int s = 0; s < STEPS; ++s) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      w[s][v] = T::load_weight(weight + (s * V + v) * (T::kLanes * T::kGroup));
+    }
+  }
+  for (int64_t p = 0; p < pairs; ++p) {
+    const typename T::Staged* x = features + (T::kStage ? p : index[p]) * stride;
+    typename T::Acc* out = acc + row[p] * pitch;
+    typename T::V sum[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[v] = FRESH ? T::zero() : T::load(out + v * T::kLanes);
+#pragma GCC unroll 8
+    for (int s = 0; s < STEPS; ++s) {
+      const auto b = T::broadcast(x + s * T::kGroup);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[v] = T::dot(sum[v], w[s][v], b);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) T::store(out + v * T::kLanes, sum[v]);
+  }
+}
+
 template <class T, int V, int M, bool FRESH>
 inline __attribute__((always_inline)) void micro_tile(
     const typename T::Staged* features, int64_t stride, const int32_t* index, const uint8_t* row,
@@ -78,6 +109,18 @@ void run_vectors(int64_t vectors, int64_t pairs, const typename T::Staged* featu
         T::template run_tile<V, FRESH>(pairs, features, stride, index, row, weight, steps, acc,
                                        pitch);
       } else {
+        if constexpr (4 * V <= T::kFewWeights) {
+          if (steps == 4) {
+            return few_weights<T, 4, V, FRESH>(pairs, features, stride, index, row, weight, acc,
+                                               pitch);
+          }
+        }
+        if constexpr (8 * V <= T::kFewWeights) {
+          if (steps == 8) {
+            return few_weights<T, 8, V, FRESH>(pairs, features, stride, index, row, weight, acc,
+                                               pitch);
+          }
+        }
         run_tile<T, V, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
       }
     } else {

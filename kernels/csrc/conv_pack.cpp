@@ -25,16 +25,15 @@ template <class From, class To, int kGroup>
 void pack(const PackLayout& p, const From* weight, int64_t out_channels, int64_t taps,
           int64_t channels, To* to) {
   const int64_t steps = ceil_div(channels, kGroup);
-  const int shift = p.is_unsigned ? 128 : 0;
   for_each_tile(p, out_channels, taps, [&](int64_t first, int64_t columns, int64_t end, int64_t k) {
     for (int64_t s = 0; s < steps; ++s) {
       for (int64_t o = first; o < first + columns; ++o, to += kGroup) {
         const From* from = weight + (o * taps + k) * channels + s * kGroup;
         const int64_t inside = o < end ? min64(kGroup, channels - s * kGroup) : 0;
         if (inside == kGroup) {
-          for (int g = 0; g < kGroup; ++g) to[g] = static_cast<To>(from[g] + shift);
+          for (int g = 0; g < kGroup; ++g) to[g] = from[g];
         } else {
-          for (int g = 0; g < kGroup; ++g) to[g] = static_cast<To>(g < inside ? from[g] + shift : 0);
+          for (int g = 0; g < kGroup; ++g) to[g] = static_cast<To>(g < inside ? from[g] : 0);
         }
       }
     }
@@ -145,7 +144,7 @@ int64_t layout_bytes(const PackLayout& p, int64_t out_channels, int64_t taps,
 
 int64_t packed_bytes(const ConvPath& path, int64_t out_channels, int64_t taps, int64_t channels) {
   const int64_t bytes = layout_bytes(path.layout, out_channels, taps, channels);
-  if (path.nonnegative == nullptr) return bytes;
+  if (!packs_again(path)) return bytes;
   return bytes + packed_bytes(*path.nonnegative, out_channels, taps, channels);
 }
 
@@ -155,13 +154,13 @@ void pack_int8(const ConvPath& path, const int8_t* weight, int64_t out_channels,
   if (p.segments) {
     pack_segments(p, weight, out_channels, taps, channels, static_cast<char*>(to));
   } else if (p.group == 4) {
-    pack<int8_t, uint8_t, 4>(p, weight, out_channels, taps, channels, static_cast<uint8_t*>(to));
+    pack<int8_t, int8_t, 4>(p, weight, out_channels, taps, channels, static_cast<int8_t*>(to));
   } else if (p.group == 2) {
     pack<int8_t, int16_t, 2>(p, weight, out_channels, taps, channels, static_cast<int16_t*>(to));
   } else {
     pack<int8_t, int16_t, 1>(p, weight, out_channels, taps, channels, static_cast<int16_t*>(to));
   }
-  if (path.nonnegative != nullptr) {
+  if (packs_again(path)) {
     pack_int8(*path.nonnegative, weight, out_channels, taps, channels,
               static_cast<char*>(to) + layout_bytes(p, out_channels, taps, channels));
   }

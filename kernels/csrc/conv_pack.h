@@ -9,6 +9,11 @@ namespace fquant {
 int64_t layout_bytes(const PackLayout& layout, int64_t out_channels, int64_t taps,
                      int64_t channels);
 
+// Whether the path for inputs without negative values has a layout of its own.
+inline bool packs_again(const ConvPath& path) {
+  return path.nonnegative != nullptr && path.nonnegative->layout.segments;
+}
+
 // Bytes of the packed weights of a path, those for inputs without negative values included.
 int64_t packed_bytes(const ConvPath& path, int64_t out_channels, int64_t taps, int64_t channels);
 

@@ -34,17 +34,13 @@ int64_t peak(int64_t rounds, int32_t* sink) {
   return rounds * kSums * T::kLanes * T::kGroup * 2;
 }
 
-template <class T>
-bool always(const ConvArgs&) {
-  return true;
-}
+inline bool always(const ConvArgs&) { return true; }
 
 template <class T>
 constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)) {
-  return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight), T::kUnsigned,
+  return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight),
                    T::kSegments},
                   scratch_bytes<T>,
-                  always<T>,
                   row_sums,
                   block<T>,
                   peak<T>,

@@ -72,7 +72,7 @@ struct Base {
   using V = Lanes<A>;
   using W = const Weight*;
   static constexpr int64_t kLanes = 8, kGroup = 1, kFinishLanes = 8;
-  static constexpr int kTileVectors = 1;
+  static constexpr int kTileVectors = 1, kFewWeights = 0;
   static constexpr bool kUnsigned = false, kSegments = false, kStage = false;
   static constexpr int rows(int) { return 2; }
   static V load(const Acc* p) {
