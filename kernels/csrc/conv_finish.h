@@ -10,17 +10,22 @@ inline void finish_rows(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t
   const auto scale = F::load(a.scale + channel);
   const auto bias = BIAS ? F::load(a.bias + channel) : scale;
   const auto residual_scale = F::set(a.residual_scale);
-  for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
+  // Copies: bytes that are stored could be those of `a`, as far as the compiler knows.
+  const OutType out_type = a.out_type;
+  void* const out = a.out;
+  const int8_t* const residual = a.residual;
+  const int64_t stride = a.out_channels;
+  for (int64_t r = 0; r < rows; ++r, at += stride) {
     auto t = F::mul(sum(r), scale);
     if (BIAS) t = F::add(t, bias);
-    if (RESIDUAL) t = F::add(t, F::mul(residual_scale, F::load_int8(a.residual + at, count)));
+    if (RESIDUAL) t = F::add(t, F::mul(residual_scale, F::load_int8(residual + at, count)));
     if (RELU) t = F::relu(t);
-    if (a.out_type == kOutInt8) {
-      F::store_int8(static_cast<int8_t*>(a.out) + at, t, count);
-    } else if (a.out_type == kOutHalf) {
-      F::store_half(static_cast<uint16_t*>(a.out) + at, t, count);
+    if (out_type == kOutInt8) {
+      F::store_int8(static_cast<int8_t*>(out) + at, t, count);
+    } else if (out_type == kOutHalf) {
+      F::store_half(static_cast<uint16_t*>(out) + at, t, count);
     } else {
-      F::store(static_cast<float*>(a.out) + at, t, count);
+      F::store(static_cast<float*>(out) + at, t, count);
     }
   }
 }

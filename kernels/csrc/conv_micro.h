@@ -5,9 +5,10 @@
 // Few input and output channels: the weights of the tap stay in registers, and pairs are taken one by
 // one, their instructions mixed by the processor. Against micro_tile on Zen 5: TODO.
 template <class T, int STEPS, int V, bool FRESH>
-void few_weights(int64_t pairs, const typename T::Staged* features, int64_t stride,
-                 const int32_t* index, const uint8_t* row, const typename T::Weight* weight,
-                 typename T::Acc* acc, int64_t pitch) {
+void few_weights(int64_t pairs, const typename T::Staged* features, const int32_t* index,
+                 const uint8_t* row, const typename T::Weight* weight, typename T::Acc* acc,
+                 int64_t pitch) {
+  constexpr int64_t stride = STEPS * T::kGroup;
   typename T::W w[STEPS][V];
 #pragma GCC unroll 8
   for (int s = 0; s < STEPS; ++s) {
@@ -111,14 +112,12 @@ void run_vectors(int64_t vectors, int64_t pairs, const typename T::Staged* featu
       } else {
         if constexpr (4 * V <= T::kFewWeights) {
           if (steps == 4) {
-            return few_weights<T, 4, V, FRESH>(pairs, features, stride, index, row, weight, acc,
-                                               pitch);
+            return few_weights<T, 4, V, FRESH>(pairs, features, index, row, weight, acc, pitch);
           }
         }
         if constexpr (8 * V <= T::kFewWeights) {
           if (steps == 8) {
-            return few_weights<T, 8, V, FRESH>(pairs, features, stride, index, row, weight, acc,
-                                               pitch);
+            return few_weights<T, 8, V, FRESH>(pairs, features, index, row, weight, acc, pitch);
           }
         }
         run_tile<T, V, FRESH>(pairs, features, stride, index, row, weight, steps, acc, pitch);
