@@ -1,9 +1,10 @@
 """How fast is the int8 submanifold convolution on CPU, and against spconv's fp32 one?
 
-Run by `python -m benches conv_int8 [--quick]`. Voxels are sorted by key, as
-`conv_output_coords` gives them. The int8 time has the packing of the weights and the whole epilogue
-(scale, bias, ReLU, rounding) in it; spconv does no epilogue. `with_map` times include the kernel
-map, from unsorted voxels.
+Run by `python -m benches conv_int8 [--quick]`. Voxels are sorted by key, as `conv_output_coords`
+gives them, and the pairs of the map are listed, as spconv's are (`pairs_ms`: how long that takes);
+`table`, `uniform` and `signed` read the table of the map. The int8 time has the packing of the
+weights in it and the whole epilogue (scale, bias, ReLU, rounding); spconv does no epilogue.
+`with_map` times include the kernel map, from unsorted voxels, and read its table.
 
 Inputs are not negative, as after a ReLU, and weights normal, as trained ones nearly are: the AVX2
 path is faster then. `uniform` has weights of any size alike, `signed` inputs of both signs, too; on
@@ -73,6 +74,13 @@ def bench(scene: scenes.Scene, channels: int, peak: float, package: Any, rounds:
     def conv(table: Tensor, x: Tensor = features, w: Tensor = weight) -> Tensor:
         return fquant_kernels.sparse_conv_int8(x, w, table, scale, bias, relu=True)
 
+    pairs_of_map = fquant_kernels.pair_rulebook(neighbors, num_voxels)
+
+    def conv_pairs() -> Tensor:
+        return fquant_kernels.sparse_conv_int8_pairs(
+            features, weight, neighbors, pairs_of_map, scale, bias, relu=True
+        )
+
     def with_map() -> Tensor:
         rows = scene.coords
         return conv(fquant_kernels.kernel_neighbors(rows, rows, scene.spatial_shape, *SUBM))
@@ -85,14 +93,17 @@ def bench(scene: scenes.Scene, channels: int, peak: float, package: Any, rounds:
     for x, w in ((features, weight), (features, uniform), (signed, uniform)):
         want = reference(x, w, neighbors, scale, bias, relu=True)
         assert torch.equal(conv(neighbors, x, w), want)
+    assert torch.equal(conv_pairs(), conv(neighbors))
     lists = [(line[line >= 0], (line >= 0).nonzero()[:, 0]) for line in neighbors]
     composed = aten_float(real, real_weight, lists)
     torch.testing.assert_close(conv_float(), composed, rtol=1e-4, atol=1e-2 * channels)
     runs: dict[str, harness.Run] = {
-        "int8": lambda: conv(neighbors),
+        "int8": conv_pairs,
+        "table": lambda: conv(neighbors),
         "uniform": lambda: conv(neighbors, w=uniform),
         "signed": lambda: conv(neighbors, signed, uniform),
         "int8_with_map": with_map,
+        "pairs": lambda: fquant_kernels.pair_rulebook(neighbors, num_voxels),
         "float": conv_float,
         "aten_float": lambda: aten_float(real, real_weight, lists),
     }
@@ -103,7 +114,7 @@ def bench(scene: scenes.Scene, channels: int, peak: float, package: Any, rounds:
         runs |= {"spconv": cached, "spconv_with_map": unsorted}
     times = harness.interleaved(runs, rounds)
     operations = 2 * pairs * channels * channels
-    moved = (pairs + num_voxels) * channels + neighbors.numel() * 4 + weight.numel()
+    moved = (pairs + num_voxels) * channels + pairs * 5 + weight.numel()
     row: dict[str, Any] = {
         "scene": scene.name,
         "N": num_voxels,
@@ -111,13 +122,14 @@ def bench(scene: scenes.Scene, channels: int, peak: float, package: Any, rounds:
         "C": channels,
         "int8_ms": times["int8"].median * 1e3,
         "spread": times["int8"].spread,
+        "pairs_ms": times["pairs"].median * 1e3,
         "GOP/s": operations / times["int8"].median / 1e9,
         "GB/s": moved / times["int8"].median / 1e9,
         "share_of_peak": operations / times["int8"].median / peak,
         "float_over_aten": times["float"].ratio(times["aten_float"]),
     }
     if package is not None:
-        for name in ("int8", "uniform", "signed"):
+        for name in ("int8", "table", "uniform", "signed"):
             row[f"{name}_over_spconv"] = times[name].ratio(times["spconv"])
         row["float_over_spconv"] = times["float"].ratio(times["spconv"])
         row["with_map_over_spconv"] = times["int8_with_map"].ratio(times["spconv_with_map"])

@@ -132,12 +132,13 @@ def bench(name: str, package: Any, rounds: int, repeats: int) -> None:
     def forward(network: Any, record: Deployed, maps: Any) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with torch.no_grad():
-                return network(record, x, maps or make_maps(layers, x)).features
+                read = maps or make_maps(layers, x, pairs=network is in_int8)
+                return network(record, x, read).features
 
         return run
 
     runs: dict[str, harness.Run] = {
-        "int8": forward(in_int8, deployed, maps),
+        "int8": forward(in_int8, deployed, make_maps(layers, x, pairs=True)),
         "int8_with_rulebooks": forward(in_int8, deployed, None),
         "float": forward(in_float, float_params, maps),
         "float_with_rulebooks": forward(in_float, float_params, None),

@@ -24,6 +24,7 @@ from fquant.sparse.kernel_map import (
     subm_map,
     transpose_map,
     transposed_conv_map,
+    with_pairs,
 )
 from fquant.sparse.norm import batch_norm
 from fquant.sparse.points import VoxelLimitWarning, from_points
@@ -64,4 +65,5 @@ __all__ = [
     "union_maps",
     "valid_count",
     "without_padding",
+    "with_pairs",
 ]

@@ -70,6 +70,7 @@ def pad_map(kernel_map: KernelMap, in_capacity: int, out_capacity: int) -> Kerne
         neighbors=F.pad(m.neighbors, (0, out_capacity - outputs), value=-1),
         in_coords=F.pad(m.in_coords, (0, 0, 0, in_capacity - inputs), value=-1),
         out_coords=F.pad(m.out_coords, (0, 0, 0, out_capacity - outputs), value=-1),
+        pairs=None,  # their number is no capacity
     )
 
 

@@ -86,10 +86,8 @@ def sparse_conv_int8(
         added, added_scale = other.q, other.scale.reshape(())
         if output_scale is not None:
             added_scale = added_scale / output_scale
-    y = fquant_kernels.sparse_conv_int8(
-        features.q,
-        weight.q.flatten(1, -2),
-        kernel_map.neighbors,
+    arguments = (features.q, weight.q.flatten(1, -2), kernel_map.neighbors)
+    epilogue = (
         step.expand(num_outputs),
         offset,
         added,
@@ -97,6 +95,11 @@ def sparse_conv_int8(
         relu,
         torch.float32 if output_scale is None else torch.int8,
     )
+    if kernel_map.pairs is None:
+        y = fquant_kernels.sparse_conv_int8(*arguments, *epilogue)
+    else:
+        pairs = fquant_kernels.PairRulebook(*kernel_map.pairs)
+        y = fquant_kernels.sparse_conv_int8_pairs(*arguments, pairs, *epilogue)
     if output_scale is None:
         return outputs(kernel_map, y)
     return outputs(kernel_map, QTensor(y, output_scale, spec=INT8, dtype=features.dtype))

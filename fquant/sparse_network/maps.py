@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from fquant.checks import values_readable
-from fquant.sparse import KernelMap, SparseTensor, conv_map, subm_map, transpose_map
+from fquant.sparse import KernelMap, SparseTensor, conv_map, subm_map, transpose_map, with_pairs
 from fquant.sparse.kernel_map import Cells
 from fquant.sparse_network.layer import NETWORK_INPUT, Layer, with_inputs
 
@@ -86,10 +87,18 @@ def geometries(layers: Sequence[Layer]) -> dict[str, MapRecipe]:
     return found
 
 
-def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
+def make_maps(
+    layers: Sequence[Layer], x: SparseTensor | KernelMap, *, pairs: bool = False
+) -> Maps:
     """Returns every kernel map of a network, `{key: map}`: what is called its rulebook.
 
     They depend on the cells of x alone. Layers of the same geometry share one.
+
+    Args:
+        layers: the network.
+        x: its input, or a map that writes those cells.
+        pairs: whether to list the pairs of maps that several convolutions share (`with_pairs`): for
+            `int8_network` on a CPU.
 
     Example:
         >>> x = fquant.sparse.SparseTensor.from_dense(torch.ones(1, 1, 4))
@@ -99,7 +108,8 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
         ['input/conv2s2p0', 'input/subm3']
     """
     maps: Maps = {}
-    for geometry in geometries(layers).values():
+    found = geometries(layers)
+    for geometry in found.values():
         if geometry.key in maps:
             continue
         if geometry.kind == "inverse":
@@ -111,6 +121,10 @@ def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap) -> Maps:
         else:
             sizes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
             maps[geometry.key] = conv_map(cells, *sizes)
+    if pairs:
+        users = Counter(found[layer.name].key for layer in layers if layer.is_convolution)
+        shared = [key for key, count in users.items() if count > 1]
+        maps |= {key: with_pairs(maps[key]) for key in shared}
     return maps
 
 

@@ -152,8 +152,27 @@ int fquant_pack_float(int isa, const float* weight, int64_t out_channels, int64_
   return FQUANT_OK;
 }
 
+int fquant_list_pairs(int isa, const int32_t* neighbors, int64_t taps, int64_t outputs,
+                      int64_t inputs, int64_t* split, int32_t* index, uint8_t* row) {
+  const ConvPath* path = int8_path(isa);
+  if (path == nullptr) return FQUANT_ISA_UNAVAILABLE;
+  ConvArgs args{};
+  args.neighbors = neighbors;
+  args.inputs = inputs;
+  args.taps = taps;
+  args.outputs = outputs;
+  split[0] = 0;
+  for (int64_t block = 0; block < ceil_div(outputs, kBlockRows); ++block) {
+    if (!path->list_pairs(args, block, split + block * taps, index, row)) {
+      return FQUANT_INDEX_OUT_OF_RANGE;
+    }
+  }
+  return FQUANT_OK;
+}
+
 int fquant_conv_int8(int isa, const int8_t* features, int64_t inputs, int64_t channels,
                      const void* packed, int64_t out_channels, const int32_t* neighbors,
+                     const int64_t* split, const int32_t* pair_index, const uint8_t* pair_row,
                      int64_t taps, int64_t outputs, const float* scale, const float* bias,
                      const int8_t* residual, float residual_scale, int relu, int out_type,
                      void* out, int64_t threads) try {
@@ -166,6 +185,9 @@ int fquant_conv_int8(int isa, const int8_t* features, int64_t inputs, int64_t ch
   args.packed = packed;
   args.out_channels = out_channels;
   args.neighbors = neighbors;
+  args.split = split;
+  args.pair_index = pair_index;
+  args.pair_row = pair_row;
   args.taps = taps;
   args.outputs = outputs;
   args.residual = residual;

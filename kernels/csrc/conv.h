@@ -20,6 +20,11 @@ struct ConvArgs {
   const void* features;      // (inputs, channels)
   const void* packed;        // weights, as PackLayout says
   const int32_t* neighbors;  // (taps, outputs)
+  // The present entries of `neighbors` as lists, or null: blocks one after the other, within each its
+  // taps. split: (blocks * taps + 1,), where the pairs of a block and tap begin.
+  const int64_t* split;
+  const int32_t* pair_index;  // input row
+  const uint8_t* pair_row;    // output row within the block
   const float* scale;        // (out_channels,) padded to kChunkChannels; int8 only
   const float* bias;         // the same, or null
   const int8_t* residual;    // (outputs, out_channels), or null; int8 only
@@ -51,6 +56,9 @@ struct ConvPath {
   void (*row_sums)(const ConvArgs&, int64_t first, int64_t last);  // null where not needed
   bool (*block)(const ConvArgs&, void* scratch, int64_t index);    // false: neighbor >= inputs
   int64_t (*peak)(int64_t rounds, int32_t* sink);                  // register-only; operations done
+  // Appends the pairs of a block from split[0] on, and sets the `taps` splits after it. Up to 64 entries
+  // past the last pair are overwritten. False: a neighbor is not below `inputs`.
+  bool (*list_pairs)(const ConvArgs&, int64_t block, int64_t* split, int32_t* index, uint8_t* row);
 
   // A faster path for inputs of which none is negative, or null. Where its layout is not this
   // path's, its packed weights come after this path's.

@@ -84,6 +84,7 @@ const ConvPath nonnegative = {
     nullptr,
     block<NonnegativeTraits>,
     nonnegative_peak,
+    list_pairs,
     nullptr,
     nullptr,
     nullptr};

@@ -55,28 +55,35 @@ int64_t scratch_bytes(const ConvArgs& a) {
 
 #include "conv_micro.h"
 
-template <class T>
-bool list_pairs(const ConvArgs& a, const Scratch<T>& s, int64_t first, int64_t rows) {
-  int64_t count = 0;
+inline int64_t rows_of_block(const ConvArgs& a, int64_t block) {
+  return min64(kBlockRows, a.outputs - block * kBlockRows);
+}
+
+bool list_pairs(const ConvArgs& a, int64_t block, int64_t* split, int32_t* index, uint8_t* row) {
   bool in_range = true;
-  for (int64_t k = 0; k < a.taps; ++k) {
-    s.split[k] = count;
-    const int32_t* table = a.neighbors + k * a.outputs + first;
-    count += compact(table, rows, a.inputs, s.index + count, s.row + count, &in_range);
+  const int32_t* table = a.neighbors + block * kBlockRows;
+  for (int64_t k = 0; k < a.taps; ++k, table += a.outputs) {
+    split[k + 1] = split[k] + compact(table, rows_of_block(a, block), a.inputs, index + split[k],
+                                      row + split[k], &in_range);
   }
-  s.split[a.taps] = count;
   return in_range;
 }
 
+struct Pairs {
+  const int64_t* split;
+  const int32_t* index;
+  const uint8_t* row;
+};
+
 template <class T>
-void add_compensation(const ConvArgs& a, const Scratch<T>& s, int64_t rows) {
+void add_compensation(const ConvArgs& a, const Pairs& list, uint32_t* compensation, int64_t rows) {
   const char* features = static_cast<const char*>(a.features);
   const int64_t row_bytes = a.channels * static_cast<int64_t>(sizeof(typename T::Elem));
-  __builtin_memset(s.compensation, 0, rows * sizeof(uint32_t));
-  for (int64_t p = 0; p < s.split[a.taps]; ++p) {
-    __builtin_prefetch(features + s.index[p] * row_bytes);
+  __builtin_memset(compensation, 0, rows * sizeof(uint32_t));
+  for (int64_t p = list.split[0]; p < list.split[a.taps]; ++p) {
+    __builtin_prefetch(features + list.index[p] * row_bytes);
     if (T::kUnsigned) {
-      s.compensation[s.row[p]] += 128u * static_cast<uint32_t>(a.row_sums[s.index[p]]);
+      compensation[list.row[p]] += 128u * static_cast<uint32_t>(a.row_sums[list.index[p]]);
     }
   }
 }
@@ -88,9 +95,14 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
   Scratch<T> s;
   carve<T>(a, reinterpret_cast<uintptr_t>(memory), &s);
   const int64_t first = block_index * kBlockRows;
-  const int64_t rows = min64(kBlockRows, a.outputs - first);
-  if (!list_pairs<T>(a, s, first, rows)) return false;
-  add_compensation<T>(a, s, rows);
+  const int64_t rows = rows_of_block(a, block_index);
+  Pairs list{a.split + block_index * a.taps, a.pair_index, a.pair_row};
+  if (a.split == nullptr) {
+    s.split[0] = 0;
+    if (!list_pairs(a, block_index, s.split, s.index, s.row)) return false;
+    list = {s.split, s.index, s.row};
+  }
+  add_compensation<T>(a, list, s.compensation, rows);
 
   const int64_t steps = ceil_div(a.channels, T::kGroup);
   const int64_t width = steps * T::kGroup;
@@ -105,15 +117,15 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
   // A tap that every row has (the middle one of a submanifold convolution) goes first and sets the
   // sums: nothing to clear, nothing to load.
   int64_t whole = 0;
-  while (whole < a.taps && s.split[whole + 1] - s.split[whole] != rows) ++whole;
+  while (whole < a.taps && list.split[whole + 1] - list.split[whole] != rows) ++whole;
 
   for (int64_t channel = 0; channel < a.out_channels; channel += kChunkChannels) {
     const int64_t count = min64(kChunkChannels, a.out_channels - channel);
     const int64_t vectors = ceil_div(count, T::kLanes);
     const int64_t pitch = vectors * T::kLanes;
     const auto run_tap = [&](int64_t k, auto fresh) {
-      const int64_t begin = s.split[k], pairs = s.split[k + 1] - begin;
-      const int32_t* index = s.index + begin;
+      const int64_t begin = list.split[k], pairs = list.split[k + 1] - begin;
+      const int32_t* index = list.index + begin;
       const Weight* w = weight + k * pitch * lane_weights;
       const typename T::Staged* source;
       if (staged) {
@@ -127,7 +139,7 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
       }
       for (int64_t v = 0; v < vectors; v += T::kTileVectors) {
         const int64_t tile = min64(T::kTileVectors, vectors - v);
-        run_vectors<T, decltype(fresh)::value>(tile, pairs, source, width, index, s.row + begin, w,
+        run_vectors<T, decltype(fresh)::value>(tile, pairs, source, width, index, list.row + begin, w,
                                                steps, s.acc + v * T::kLanes, pitch);
         w += tile * T::kLanes * lane_weights;
       }

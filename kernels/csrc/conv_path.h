@@ -44,6 +44,7 @@ constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)
                   row_sums,
                   block<T>,
                   peak<T>,
+                  list_pairs,
                   nullptr,
                   nullptr,
                   nullptr};

@@ -129,7 +129,8 @@ bool row_block(const ConvArgs& a, void* memory, int64_t index) {
 static_assert(1024 / 16 <= kChunkChannels, "repack() expects one chunk");
 
 bool by_rows(const ConvArgs& a) {
-  return (a.channels == 16 || a.channels == 32) && a.channels * a.out_channels <= 1024 &&
+  return a.split == nullptr && (a.channels == 16 || a.channels == 32) &&
+         a.channels * a.out_channels <= 1024 &&
          a.out_channels > 0 && a.out_channels % 16 == 0 && a.taps > 0 && a.taps <= kMostRowTaps;
 }
 

@@ -30,12 +30,19 @@ FQUANT_API int fquant_pack_int8(int isa, const int8_t* weight, int64_t out_chann
 FQUANT_API int fquant_pack_float(int isa, const float* weight, int64_t out_channels, int64_t taps,
                                  int64_t channels, void* packed);
 
-// out_type: 0 int8, 1 float16, 2 float32. bias and residual may be null.
+// The present entries of a kernel map as lists (see ConvArgs). split has ceil(outputs / 256) * taps + 1
+// entries; index and row have room for taps * outputs + 64.
+FQUANT_API int fquant_list_pairs(int isa, const int32_t* neighbors, int64_t taps, int64_t outputs,
+                                 int64_t inputs, int64_t* split, int32_t* index, uint8_t* row);
+
+// out_type: 0 int8, 1 float16, 2 float32. bias, residual and the lists of pairs may be null.
 FQUANT_API int fquant_conv_int8(int isa, const int8_t* features, int64_t inputs, int64_t channels,
                                 const void* packed, int64_t out_channels, const int32_t* neighbors,
-                                int64_t taps, int64_t outputs, const float* scale,
-                                const float* bias, const int8_t* residual, float residual_scale,
-                                int relu, int out_type, void* out, int64_t threads);
+                                const int64_t* split, const int32_t* pair_index,
+                                const uint8_t* pair_row, int64_t taps, int64_t outputs,
+                                const float* scale, const float* bias, const int8_t* residual,
+                                float residual_scale, int relu, int out_type, void* out,
+                                int64_t threads);
 FQUANT_API int fquant_conv_float(int isa, const float* features, int64_t inputs, int64_t channels,
                                  const void* packed, int64_t out_channels,
                                  const int32_t* neighbors, int64_t taps, int64_t outputs,

@@ -13,6 +13,7 @@ from fquant_kernels.abs_histogram import reference as abs_histogram_reference
 from fquant_kernels.conv_float import reference as conv_float_reference
 from fquant_kernels.conv_int8 import reference as conv_int8_reference
 from fquant_kernels.kernel_map import reference as kernel_map_reference
+from fquant_kernels.kernel_map.pairs import pair_rulebook_reference
 from fquant_kernels.registry import backends
 
 Draw = Callable[[torch.Generator], tuple[Any, ...]]
@@ -78,6 +79,11 @@ def _draw_conv_int8(random: torch.Generator) -> tuple[Any, ...]:
     )
 
 
+def _draw_conv_pairs(random: torch.Generator) -> tuple[Any, ...]:
+    features, weight, neighbors, *epilogue = _draw_conv_int8(random)
+    return features, weight, neighbors, *pair_rulebook_reference(neighbors), *epilogue
+
+
 def _draw_conv_float(random: torch.Generator) -> tuple[Any, ...]:
     # Integers whose sums stay far below 2^24: every order of summation gives the same floats.
     return tuple(
@@ -118,9 +124,14 @@ def _draw_histogram(random: torch.Generator) -> tuple[Any, ...]:
     return x, torch.rand(rows, generator=random) * num_bins / 3, num_bins
 
 
+def _conv_by_table(features: Tensor, weight: Tensor, neighbors: Tensor, *rest: Any) -> Tensor:
+    return conv_int8_reference.sparse_conv_int8(features, weight, neighbors, *rest[3:])
+
+
 _CASES: dict[str, tuple[Draw, Callable[..., Tensor]]] = {
     "fquant::abs_histogram": (_draw_histogram, abs_histogram_reference.abs_histogram),
     "fquant::sparse_conv_int8": (_draw_conv_int8, conv_int8_reference.sparse_conv_int8),
+    "fquant::sparse_conv_int8_pairs": (_draw_conv_pairs, _conv_by_table),
     "fquant::sparse_conv_float": (_draw_conv_float, conv_float_reference.sparse_conv_float),
     "fquant::kernel_neighbors": (_draw_map, kernel_map_reference.kernel_neighbors),
     "fquant::conv_output_coords": (_draw_geometry, kernel_map_reference.conv_output_coords),

@@ -31,9 +31,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fquant_packed_bytes": (c_int64, [c_int, c_int, _N, _N, _N]),
     "fquant_pack_int8": (c_int, [c_int, _P, _N, _N, _N, _P]),
     "fquant_pack_float": (c_int, [c_int, _P, _N, _N, _N, _P]),
+    "fquant_list_pairs": (c_int, [c_int, _P, _N, _N, _N, _P, _P, _P]),
     "fquant_conv_int8": (
         c_int,
-        [c_int, _P, _N, _N, _P, _N, _P, _N, _N, _P, _P, _P, c_float, c_int, c_int, _P, _N],
+        [c_int, _P, _N, _N, _P, _N, *[_P] * 4, _N, _N, *[_P] * 3, c_float, c_int, c_int, _P, _N],
     ),
     "fquant_conv_float": (c_int, [c_int, _P, _N, _N, _P, _N, _P, _N, _N, _P, _P, _N]),
     "fquant_kernel_neighbors": (

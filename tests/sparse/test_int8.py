@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fquant as fq
-from fquant.sparse import SparseTensor, conv_map, sparse_conv, sparse_conv_int8, subm_map
+from fquant.sparse import SparseTensor, conv_map, sparse_conv, sparse_conv_int8, subm_map, with_pairs
 from fquant.testing import strategies
 
 WEIGHTS = fq.QuantSpec(narrow_range=True, axis=0)
@@ -53,6 +53,16 @@ def test_int8_is_the_fake_quantized_convolution(data):
     assert torch.equal(out.coords, kernel_map.out_coords)
     error = (out.features.q - exact.clamp(-128, 127)).abs()
     assert error.numel() == 0 or error.max() <= 0.5 + 1e-3
+    listed = sparse_conv_int8(
+        qx,
+        qw,
+        bias,
+        kernel_map=with_pairs(kernel_map),
+        output_scale=step,
+        residual=qr if add else None,
+        relu=relu,
+    )
+    assert torch.equal(listed.features.q, out.features.q)
     floats = sparse_conv_int8(
         qx, qw, bias, kernel_map=kernel_map, residual=qr if add else None, relu=relu
     )

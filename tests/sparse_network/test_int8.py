@@ -127,7 +127,8 @@ def test_a_join_for_a_float_layer_keeps_each_scale():
     assert torch.allclose(fake(x, maps).features, values["also"].features, atol=0.05)
 
 
-def test_one_graph_for_every_number_of_cells_and_of_samples():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_one_graph_for_every_number_of_cells_and_of_samples(pairs):
     int8 = ALL - first_and_last(LAYERS)
     _, deployed = networks.quantized(LAYERS, int8, networks.scene(0, 0.5))
     forward = int8_network(LAYERS, int8)
@@ -138,9 +139,8 @@ def test_one_graph_for_every_number_of_cells_and_of_samples():
     for seed, density, batch_size in [(0, 0.4, 3), (1, 0.2, 5), (2, 0.6, 2), (3, 0.3, 7)]:
         x = networks.scene(seed, density, batch_size, size=13)
         maps = make_maps(LAYERS, x)
-        assert torch.equal(
-            compiled(deployed, x, maps).features, forward(deployed, x, maps).features
-        )
+        got = compiled(deployed, x, make_maps(LAYERS, x, pairs=True) if pairs else maps).features
+        assert torch.equal(got, forward(deployed, x, maps).features)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1], graphs
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fquant as fq
+import fquant_kernels
 from fquant.sparse import (
     avg_pool,
     conv_map,
@@ -62,6 +63,24 @@ def test_layers_of_one_geometry_share_a_map():
     for key, kernel_map in expected.items():
         assert torch.equal(maps[key].neighbors, kernel_map.neighbors)
         assert torch.equal(maps[key].out_coords, kernel_map.out_coords)
+
+
+def test_pairs_are_listed_where_convolutions_share_a_map():
+    layers = [
+        Layer("a", "subm", (1, 2)),
+        Layer("down", "conv", (2, 2), 2, 2),
+        Layer("up", "inverse", (2, 2), 2, undoes="down"),
+        Layer("b", "subm", (2, 2)),
+    ]
+    x = networks.scene(1, 0.4, channels=1)
+    plain, listed = make_maps(layers, x), make_maps(layers, x, pairs=True)
+    assert {key for key, m in listed.items() if m.pairs is not None} == {"input/subm3"}
+    assert all(m.pairs is None for m in plain.values())
+    subm = listed["input/subm3"]
+    want = fquant_kernels.pair_rulebook(subm.neighbors, len(subm.in_coords))
+    assert all(torch.equal(a, b) for a, b in zip(subm.pairs, want, strict=True))
+    rows = len(subm.in_coords)
+    assert pad_map(subm, rows + 1, rows + 1).pairs is None
 
 
 def test_layers_that_differ_in_dilation_do_not_share_a_map():

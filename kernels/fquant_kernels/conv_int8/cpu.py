@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fquant_kernels import native
+from fquant_kernels.kernel_map.pairs import PairRulebook
 
 _OUT_TYPES = {torch.int8: 0, torch.float16: 1, torch.float32: 2}
 
@@ -44,10 +45,12 @@ def sparse_conv_int8(
     relu: bool = False,
     out_dtype: torch.dtype | None = None,
     isa: str | None = None,
+    pairs: PairRulebook | None = None,
 ) -> Tensor:
     """Returns the convolution as `reference.sparse_conv_int8`, bit for bit, on any thread count.
 
     Args beyond the reference's:
+        pairs: `pair_rulebook(neighbors, N)`, which is then read in place of the table.
         isa: one of `native.ISAS`, for tests; chosen by `native.choose_isa` where left out.
 
     Raises:
@@ -67,6 +70,7 @@ def sparse_conv_int8(
         residual_scale,
         relu,
         out_dtype,
+        pairs,
     )
 
 
@@ -82,6 +86,7 @@ def convolve_packed(
     residual_scale: Tensor | None = None,
     relu: bool = False,
     out_dtype: torch.dtype | None = None,
+    pairs: PairRulebook | None = None,
 ) -> Tensor:
     """Returns the convolution with weights that `pack_weight(weight, isa)` made.
 
@@ -89,12 +94,14 @@ def convolve_packed(
         packed: 1-d uint8.
         weight_shape: `(Cout, K)` of the weight that was packed.
         isa: what it was packed for.
+        pairs: as for `sparse_conv_int8`.
     """
     out_dtype = torch.int8 if out_dtype is None else out_dtype
     features, neighbors, scale = (t.contiguous() for t in (features, neighbors, scale))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     num_taps, num_outputs = neighbors.shape
+    lists = () if pairs is None else tuple(t.contiguous() for t in pairs)  # alive during the call
     out = torch.empty((num_outputs, weight_shape[0]), dtype=out_dtype)
     status = native.library().fquant_conv_int8(
         native.choose_isa(isa),
@@ -103,6 +110,7 @@ def convolve_packed(
         packed.data_ptr(),
         weight_shape[0],
         neighbors.data_ptr(),
+        *((t.data_ptr() for t in lists) if lists else (None,) * 3),
         num_taps,
         num_outputs,
         scale.data_ptr(),

@@ -6,6 +6,7 @@ from fquant_kernels.kernel_map.op import (
     transpose_neighbors,
     transposed_conv_output_coords,
 )
+from fquant_kernels.kernel_map.pairs import PairRulebook, pair_rulebook
 from fquant_kernels.kernel_map.reference import (
     conv_output_shape,
     linear_keys,
@@ -14,12 +15,14 @@ from fquant_kernels.kernel_map.reference import (
 from fquant_kernels.kernel_map.rulebook import TileRulebook, mask_order, tile_rulebook
 
 __all__ = [
+    "PairRulebook",
     "TileRulebook",
     "conv_output_coords",
     "conv_output_shape",
     "kernel_neighbors",
     "linear_keys",
     "mask_order",
+    "pair_rulebook",
     "tile_rulebook",
     "transpose_neighbors",
     "transposed_conv_output_coords",
