@@ -18,6 +18,7 @@ from fquant.sparse import (
     pad_map,
     pad_to_capacity,
     sparse_conv,
+    sparse_conv_int8,
     subm_map,
     transpose_map,
     valid_count,
@@ -144,6 +145,27 @@ def test_padded_rows_change_nothing(extra, seed, density):
     mean = global_avg_pool(y, count_absent=False)
     assert torch.equal(global_avg_pool(padded, count_absent=False), mean)
     assert torch.equal(without_padding(wide).features, x.features)
+
+
+def test_padded_submanifold_layers():
+    """The middle tap is summed first where each row of a block has it, which rows of padding have not."""
+    x = networks.scene(0, 0.5)
+    rows, kernel_map = len(x.coords), subm_map(x, 3)
+    wide, wide_map = pad_to_capacity(x, rows + 5), pad_map(kernel_map, rows + 5, rows + 5)
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = sparse_conv(x, weight, kernel_map=kernel_map).features
+        padded = sparse_conv(wide, weight, kernel_map=wide_map).features
+        sizes = sparse_conv(x.map(torch.abs), weight.abs(), kernel_map=kernel_map).features
+    assert ((padded[:rows] - y).abs() <= 2 * 81 * 2**-24 * sizes).all()  # as fquant.sparse.conv says
+    weight = fq.quantize(weight, 0.02)
+    results = [
+        sparse_conv_int8(
+            fq.quantize(record, 0.02), weight, kernel_map=m, output_scale=torch.tensor(0.1)
+        ).features.q
+        for record, m in ((x, kernel_map), (wide, wide_map))
+    ]
+    assert torch.equal(results[1][:rows], results[0])
 
 
 def test_overflow_is_an_error_and_nothing_is_cut_off():
