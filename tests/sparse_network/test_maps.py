@@ -101,7 +101,7 @@ def test_the_cache_goes_by_content_and_comes_out_anew():
         MapCache.empty(0)
 
 
-@pytest.mark.parametrize("what", ["order", "grid", "dtype", "network"])
+@pytest.mark.parametrize("what", ["order", "grid", "batch size", "dtype", "network"])
 def test_the_cache_tells_scenes_apart(what):
     x = networks.scene(0, 0.4)
     _, cache = cached_maps(LAYERS, x, MapCache.empty(2))
@@ -110,6 +110,8 @@ def test_the_cache_tells_scenes_apart(what):
         x = type(x)(x.features.flip(0), x.coords.flip(0), x.spatial_shape, x.batch_size)
     elif what == "grid":
         x = type(x)(x.features, x.coords, (10, 9), x.batch_size)
+    elif what == "batch size":
+        x = type(x)(x.features, x.coords, x.spatial_shape, x.batch_size + 1)
     elif what == "dtype":
         x = type(x)(x.features, x.coords.int(), x.spatial_shape, x.batch_size)
     else:
@@ -232,6 +234,8 @@ def test_the_choice_follows_the_nearest_time_and_what_it_is_told():
     for times in ([point, full], [full, point]):
         assert [c.int8 for c in choose_int8(by_taps, times)][1]
         assert not [c.int8 for c in choose_int8(layers, times)][1]
+    back, forth = LayerTime(27, (64, 16), 90.0, 70.0), LayerTime(27, (16, 64), 60.0, 150.0)
+    assert [c.int8 for c in choose_int8(layers, [back, forth])] == [False, True, True, False]
     assert chosen(in_float=()) == {"wide", "last"}
     assert chosen(in_int8={"narrow", "first"}) == {"first", "narrow", "wide"}
     assert chosen(in_float={"wide"}) == {"last"}
