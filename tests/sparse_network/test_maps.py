@@ -185,6 +185,7 @@ def test_overflow_is_an_error_and_nothing_is_cut_off():
     tight = {**counts, "input/conv3s2p1": counts["input/conv3s2p1"] - 1}
     with pytest.raises(ValueError, match=r"cells at 'input/conv3s2p1' for"):
         pad_network(LAYERS, x, maps, tight)
+    assert pad_network(LAYERS, x, maps, counts)[0].coords.shape[0] == rows  # just enough
     with pytest.raises(ValueError, match="capacity must have every level"):
         pad_network(LAYERS, x, maps, {"input": 999})
 
