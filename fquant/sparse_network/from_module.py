@@ -202,7 +202,9 @@ class _State:
         if isinstance(module, SparseInverseConv):
             undoes = self.undone.get(str(module.indice_key))
             if undoes is None:
-                self.refuse(node, f"the inverse of {module.indice_key!r}, which no layer before has")
+                self.refuse(
+                    node, f"the inverse of {module.indice_key!r}, which no layer before has"
+                )
             return Layer(
                 name, "inverse", channels, kernel, inputs=inputs, relu=False, undoes=undoes
             )

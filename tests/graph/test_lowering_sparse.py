@@ -95,6 +95,4 @@ def test_modules_with_joined_channels_and_a_pool_run_in_integers():
         # One quantizer rounds both joined tensors; the first is what `down` reads as well.
         assert "cat#0.input[1]" in sites
         assert "cat#0.input" not in sites
-        assert torch.allclose(
-            lowered.module()(x).features, program.module()(x).features, atol=1e-5
-        )
+        assert torch.allclose(lowered.module()(x).features, program.module()(x).features, atol=1e-5)

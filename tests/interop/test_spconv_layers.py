@@ -1,8 +1,8 @@
 """Every layer against spconv 2.3.8 on CPU: cells, features, and gradients by features and parameters.
 
-20 cases of layer and axes; 25 examples each or an eighth of the Hypothesis profile's, so 500 drawn networks,
-and 5,000 with HYPOTHESIS_PROFILE=thorough. `tests/sparse/test_differential.py` has the same layers
-against torch's dense operators, exactly.
+20 cases of layer and axes; 25 examples each or an eighth of the Hypothesis profile's, so 500 drawn
+networks, and 5,000 with HYPOTHESIS_PROFILE=thorough. `tests/sparse/test_differential.py` has the same
+layers against torch's dense operators, exactly.
 
 spconv's CPU convolutions run backward, but ask for a CUDA stream first (AssertionError: "Torch not
 compiled with CUDA enabled"), which the fixture below answers with 0; nothing on the CPU uses it. Its

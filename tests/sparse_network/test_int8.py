@@ -103,12 +103,6 @@ def test_a_residual_that_no_int8_layer_reads_otherwise_is_on_a_grid():
     assert torch.allclose(actual, fake(x, maps).features, atol=1e-5)
 
 
-def test_the_last_layer_with_weights_is_last_whatever_follows():
-    layers = [Layer(name, "subm", (2, 2)) for name in "abc"]
-    for end in (Layer("pool", "max_pool"), Layer("mean", "global_avg_pool")):
-        assert first_and_last([*layers, end]) == {"a", "c"}
-
-
 def test_what_is_joined_shares_the_larger_scale():
     names = {v: value_scale_name(v) for v in ("rise", "block", "down")}
     scales = {names["rise"]: torch.tensor(0.5), names["block"]: torch.tensor(2.0)}

@@ -150,7 +150,7 @@ def test_padded_rows_change_nothing(extra, seed, density):
 
 
 def test_padded_submanifold_layers():
-    """The middle tap is summed first where each row of a block has it, which rows of padding have not."""
+    """The middle tap is summed first where each row of a block has it; rows of padding have none."""
     x = networks.scene(0, 0.5)
     rows, kernel_map = len(x.coords), subm_map(x, 3)
     wide, wide_map = pad_to_capacity(x, rows + 5), pad_map(kernel_map, rows + 5, rows + 5)
@@ -159,7 +159,9 @@ def test_padded_submanifold_layers():
         y = sparse_conv(x, weight, kernel_map=kernel_map).features
         padded = sparse_conv(wide, weight, kernel_map=wide_map).features
         sizes = sparse_conv(x.map(torch.abs), weight.abs(), kernel_map=kernel_map).features
-    assert ((padded[:rows] - y).abs() <= 2 * 81 * 2**-24 * sizes).all()  # as fquant.sparse.conv says
+    assert (
+        (padded[:rows] - y).abs() <= 2 * 81 * 2**-24 * sizes
+    ).all()  # as fquant.sparse.conv says
     weight = fq.quantize(weight, 0.02)
     results = [
         sparse_conv_int8(
@@ -214,6 +216,12 @@ def test_quantized_features_are_padded_too():
     wide = pad_to_capacity(x, len(x.coords) + 3)
     assert wide.features.q.shape[0] == len(x.coords) + 3
     assert torch.equal(without_padding(wide).features.q, x.features.q)
+
+
+def test_the_last_layer_with_weights_is_last_whatever_follows():
+    layers = [Layer(name, "subm", (2, 2)) for name in "abc"]
+    for end in (Layer("pool", "max_pool"), Layer("mean", "global_avg_pool")):
+        assert first_and_last([*layers, end]) == {"a", "c"}
 
 
 def test_the_choice_follows_the_nearest_time_and_what_it_is_told():

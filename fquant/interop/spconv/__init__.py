@@ -6,7 +6,7 @@
                                               compiles, is exported and runs in int8
 
 Paths and operations have the same names in both, so a plan's rules, statistics and scales carry over,
-but for scales per channel of 1 x 1 weights, whose memory `pointwise="spconv"` rearranges: observe them anew.
+but for scales per channel of 1 x 1 weights, which `pointwise="spconv"` rearranges: observe them anew.
 
 Where spconv 2.3.8 differs from torch's dense operators, this library follows torch:
 
