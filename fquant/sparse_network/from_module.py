@@ -200,11 +200,10 @@ class _State:
         channels = (module.in_channels, module.out_channels)
         kernel = _short(module.kernel_size)
         if isinstance(module, SparseInverseConv):
-            undoes = self.undone.get(str(module.indice_key))
-            if undoes is None:
-                self.refuse(
-                    node, f"the inverse of {module.indice_key!r}, which no layer before has"
-                )
+            key = str(module.indice_key)
+            if key not in self.undone:
+                self.refuse(node, f"the inverse of {key!r}, which no layer before has")
+            undoes = self.undone[key]
             return Layer(
                 name, "inverse", channels, kernel, inputs=inputs, relu=False, undoes=undoes
             )
