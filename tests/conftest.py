@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `dev` (50 examples), `ci` (200, the same every run), `thorough` (2000); seeds."""
+"""Hypothesis profiles: `dev` (50 examples), `ci` (100, the same every run), `thorough` (2000); seeds."""
 
 import functools
 import gc

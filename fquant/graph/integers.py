@@ -21,7 +21,8 @@ def site_integers(
     """Returns `{quantizer: integers}` of one run of a Q/DQ program, or of one that `lower` returned.
 
     Both have the same integers at most sites. A quantizer that was merged with an equal one is absent
-    from the lowered program, and so are weights; names are not saved with a lowered program.
+    from the lowered program, and so are weights; names are not saved with a lowered program. Further
+    tensors of one quantizer, of a joined list or of a module called again, are `name[1]`, `name[2]`, ...
 
     Args:
         program: the program.
@@ -46,17 +47,26 @@ def site_integers(
     return recorder.seen
 
 
+def label_quantizers(graph: fx.Graph) -> None:
+    """Puts a name that no other node has into `meta["quantizer"]` of Q nodes that have none yet."""
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if is_quantize(node) and "quantizer" not in node.meta:
+            name = quantization_of(node).name
+            count = counts[name] = counts.get(name, -1) + 1
+            node.meta["quantizer"] = f"{name}[{count}]" if count else name
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, module: Any, given: Mapping[str, Tensor]) -> None:
         super().__init__(module)
+        label_quantizers(module.graph)
         self.given = given
         self.seen: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         name = n.meta.get("quantizer")
-        if name is None and is_quantize(n):
-            name = quantization_of(n).name
         if name:
             self.seen.setdefault(name, value)
             return self.given.get(name, value)

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from fquant.graph import qdq_ops
 from fquant.graph.editor import Editor, require_program
+from fquant.graph.integers import label_quantizers
 from fquant.graph.kernels import DEFAULT_TABLE
 from fquant.graph.pattern import Lowering, NotLowered, Pattern, find_pattern, why_not_int8
 from fquant.graph.qdq_ops import is_quantize, quantization_of
@@ -78,6 +79,7 @@ def lower(
     """
     require_program("lower", program)
     editor = Editor(program)
+    label_quantizers(editor.graph)
     _mark_edges(editor, edges or {})
     tidy(editor)
     layers: list[LayerReport] = []
@@ -128,8 +130,7 @@ def _lower_node(
         if pattern.quantize is None:
             editor.replace(pattern.last, new)
         else:
-            name = quantization_of(pattern.quantize).name
-            new.meta["quantizer"] = pattern.quantize.meta.get("quantizer", name)
+            new.meta["quantizer"] = pattern.quantize.meta["quantizer"]
             editor.replace(pattern.quantize, new)
         return LayerReport(site, "+".join(pattern.steps), entry.kernel, operands, result, why_float)
     return LayerReport(site, name, "", operands, None, "; ".join(dict.fromkeys(reasons)))

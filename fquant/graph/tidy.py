@@ -123,7 +123,7 @@ def hoist_quantize(editor: Editor) -> bool:
             return q
 
         moved = _moved(editor, source, quantized, before=source)
-        moved.meta["quantizer"] = node.meta.get("quantizer", quantization_of(node).name)
+        moved.meta["quantizer"] = node.meta["quantizer"]
         editor.replace(node, moved)
         editor.graph.erase_node(node)
         editor.graph.erase_node(source)

@@ -95,6 +95,18 @@ def quantizable(
     return decorate
 
 
+def opaque(function: Function) -> Function:
+    """Makes a function one whose operations are no sites: rules for sums or `cat` are not about them."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if current() is None:
+            return function(*args, **kwargs)
+        return unseen(functools.partial(function, **kwargs), *args)
+
+    return call  # type: ignore[return-value]
+
+
 def operands_of(op: Op) -> Any:
     """Returns a function `(role, x) -> x` for the operands of one composite site.
 

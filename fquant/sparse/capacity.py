@@ -1,9 +1,11 @@
 """Records with a fixed number of rows, for code that wants fixed shapes, such as CUDA graphs.
 
 The rows behind the last cell are padding: coordinates -1, features 0, and no entry of a kernel map
-reads them. Convolutions and pools over padded maps give, in the rows of cells, the very values they
-give without padding; rows of padding hold what an output without neighbors holds. Batch norm in
-training mode and observers would count them: this is for inference.
+reads them. In the rows of cells int8 convolutions and pools over padded maps give the very values they
+give without padding. Float convolutions give the same sums, but on CPU in another order of taps in
+the block of rows where padding begins: they differ as `fquant.sparse.conv` says. Rows of padding hold
+what an output without neighbors holds. Batch norm in training mode and observers would count them: this
+is for inference.
 """
 
 import dataclasses

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fquant_kernels
-from fquant.interception.stack import capturing
+from fquant.interception.stack import capturing, opaque
 from fquant.sparse import eager_conv
 from fquant_kernels.library import define_composite_op
 
 
+@opaque
 def gather_neighbors(features: Tensor, neighbors: Tensor, absent: float) -> Tensor:
     """Returns `(M, K, C)`: the feature row each output reads at each offset, `absent` where none.
 
@@ -85,6 +86,7 @@ def conv(features: Tensor, weight: Tensor, neighbors: Tensor, bias: Tensor | Non
     return (_conv_op if capturing() else _conv)(features, weight, neighbors, bias)
 
 
+@opaque
 def window_max(features: Tensor, neighbors: Tensor) -> Tensor:
     """Returns `(M, C)`: the largest of the neighbors that are there; floats or integers."""
     return (_max_pool_op if capturing() else _max_pool)(features, neighbors)

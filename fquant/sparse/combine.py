@@ -6,6 +6,7 @@ import operator
 import torch
 
 from fquant.checks import require_data, require_same_device, values_readable
+from fquant.interception.stack import opaque
 from fquant.sparse.capture import gather_neighbors
 from fquant.sparse.kernel_map import Cells, KernelMap
 from fquant.sparse.tensor import SparseTensor
@@ -52,6 +53,7 @@ def join_features(*tensors: SparseTensor) -> SparseTensor:
     return _first(tensors, torch.cat([t.features for t in tensors], dim=1))  # type: ignore[misc]
 
 
+@opaque
 def union_maps(*cells: Cells) -> tuple[KernelMap, ...]:
     """Returns one map per set of cells, of one tap each, all writing the union of the cells.
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from fquant.checks import compute_dtype, require_same_device
+from fquant.interception.stack import opaque
 from fquant.records import QTensor
 from fquant.sparse.tensor import SparseTensor
 
 
+@opaque
 def batch_norm(
     x: SparseTensor,
     running_mean: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fquant.checks import require_data, require_floating, require_same_device
+from fquant.interception.stack import opaque
 from fquant.sparse.tensor import LARGEST_KEY, SparseTensor
 from fquant_kernels.kernel_map.reference import coords_of_keys
 
@@ -19,6 +20,7 @@ class VoxelLimitWarning(UserWarning):
     """Voxels were left out, because there are more than `max_voxels`."""
 
 
+@opaque
 def from_points(
     points: Tensor,
     features: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fquant.checks import require_same_device, values_readable
+from fquant.interception.stack import opaque
 from fquant.records import QTensor
 from fquant.sparse.capture import gather_neighbors, window_max
 from fquant.sparse.conv import check_map, outputs
@@ -14,6 +15,7 @@ from fquant.sparse.kernel_map import KernelMap, conv_map
 from fquant.sparse.tensor import SparseTensor
 
 
+@opaque
 def max_pool(
     x: SparseTensor,
     kernel_size: Sizes,
@@ -61,6 +63,7 @@ def max_pool(
     return outputs(kernel_map, window_max(x.features, kernel_map.neighbors))
 
 
+@opaque
 def avg_pool(
     x: SparseTensor,
     kernel_size: Sizes,
@@ -106,6 +109,7 @@ def avg_pool(
     return outputs(kernel_map, total / present.unsqueeze(1))
 
 
+@opaque
 def global_avg_pool(x: SparseTensor, *, count_absent: bool = True) -> Tensor:
     """Returns the mean feature of each sample, `(batch_size, C)`; zeros for a sample without cells.
 

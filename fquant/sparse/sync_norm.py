@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fquant.interception.stack import opaque
 from fquant.sparse.norm import batch_norm, check_norm_args, followed, normalized
 from fquant.sparse.tensor import SparseTensor
 
 
+@opaque
 def sync_batch_norm(
     x: SparseTensor,
     running_mean: Tensor,

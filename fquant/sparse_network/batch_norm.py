@@ -32,7 +32,9 @@ def fold_network(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[s
     folded: dict[str, Tensor] = {}
     for layer in layers:
         if f"{layer.name}.weight" in state:
-            weight, bias = fold(state, layer.name, f"{layer.name}.norm", EPS)
+            norm = f"{layer.name}.norm"
+            normed = any(name.startswith(f"{norm}.") for name in state)
+            weight, bias = fold(state, layer.name, norm if normed else None, EPS)
             folded[f"{layer.name}.weight"], folded[f"{layer.name}.bias"] = weight, bias
     return folded
 
@@ -40,11 +42,25 @@ def fold_network(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[s
 def fold(
     state: Mapping[str, Tensor], conv: str, norm: str | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns (weight, bias) of the layer at path `conv`, with the batch norm at path `norm`, if any."""
+    """Returns (weight, bias) of the layer at path `conv`, with the batch norm at path `norm`, if any.
+
+    Raises:
+        ValueError: state lacks the weight, or the norm's statistics.
+    """
+    needed = [f"{conv}.weight", *([] if norm is None else [f"{norm}.running_mean"])]
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(
+            f"fold: state must have parameters and buffers, model.state_dict(), lacks {missing}."
+        )
     weight = state[f"{conv}.weight"]
     bias = state.get(f"{conv}.bias", weight.new_zeros(weight.shape[0]))
-    if norm is None or f"{norm}.weight" not in state:
+    if norm is None:
         return weight, bias
-    factor = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + eps)
-    bias = state[f"{norm}.bias"] + (bias - state[f"{norm}.running_mean"]) * factor
+    factor = torch.rsqrt(state[f"{norm}.running_var"] + eps)
+    if f"{norm}.weight" in state:  # not with affine=False
+        factor = factor * state[f"{norm}.weight"]
+    bias = (bias - state[f"{norm}.running_mean"]) * factor
+    if f"{norm}.bias" in state:
+        bias = bias + state[f"{norm}.bias"]
     return weight * factor.view(-1, *[1] * (weight.ndim - 1)), bias

@@ -30,7 +30,8 @@ def pad_network(
     """Returns (x, maps) with as many rows at each level as `capacity` says (`fquant.sparse.capacity`).
 
     Scenes that differ in their number of cells then have one shape, and a network compiled or
-    captured for it runs them all. In the rows of cells its results are those without padding.
+    captured for it runs them all. In the rows of cells its results are those without padding, of int8
+    layers bit for bit.
 
     Raises:
         ValueError: a level is missing in capacity, or has more cells than its capacity; the message

@@ -173,6 +173,8 @@ class _State:
             conv, norm, _ = self.paths[layer.name]
             if norm is not None or layer.residual:
                 self.refuse(node, "batch norm that does not follow a convolution")
+            if module.running_mean is None:
+                self.refuse(node, "batch norm without running statistics")
             self.paths[layer.name] = (conv, path, module.eps)
             return inputs
         name = path.replace(".", "_")
@@ -198,7 +200,10 @@ class _State:
         channels = (module.in_channels, module.out_channels)
         kernel = _short(module.kernel_size)
         if isinstance(module, SparseInverseConv):
-            undoes = self.undone[str(module.indice_key)]
+            key = str(module.indice_key)
+            if key not in self.undone:
+                self.refuse(node, f"the inverse of {key!r}, which no layer before has")
+            undoes = self.undone[key]
             return Layer(
                 name, "inverse", channels, kernel, inputs=inputs, relu=False, undoes=undoes
             )

@@ -35,6 +35,18 @@ def test_what_torch_has_no_node_for_stays():
     assert torch.equal(swapped.module()(x), program.module()(x))
 
 
+def test_nodes_of_other_types_stay():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = nn.Linear(4, 2).double()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    plan = fq.make_plan(model, fq.w8a8(), (x,))
+    stats = fq.calibrate_model(model, plan, params, [x], progress=False)
+    program = fq.export_qdq(model, plan, params, fq.finalize(plan, stats), (x,))
+    swapped = to_quantized_decomposed(program)
+    assert sum(is_quantize(n) for n in swapped.graph.nodes) == 2
+    assert torch.equal(swapped.module()(x), program.module()(x))
+
+
 def test_ties_are_rounded_elsewhere_by_torch():
     step = torch.tensor(0.03)
     x = (torch.arange(-100, 100) + 0.5) * step

@@ -111,6 +111,26 @@ def test_batch_size_may_vary():
         assert torch.equal(program.module()(x[:count]), expected)
 
 
+class Widened(nn.Module):
+    """Writes into a tensor of another type, which is more than a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        wide = torch.zeros(x.shape[0], 2, dtype=torch.float64)
+        return wide.copy_(self.linear(x)) / 3
+
+
+def test_copies_to_another_type_stay():
+    x = torch.randn(4, 3)
+    case = prepared(Widened(), (x,), fq.w8a8())
+    y = fq.export_qdq(*case, (x,)).module()(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, fq.fake_quant(*case[:2])(*case[2:], x))
+
+
 class SparseNet(nn.Module):
     """Records and kernel maps go in, records come out."""
 

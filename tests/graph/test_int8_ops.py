@@ -44,3 +44,20 @@ def test_integer_pools_are_torchs(data):
     y = int8_ops.max_pool_int8(x, *geometry)
     pool = getattr(nn.functional, f"max_pool{axes}d")
     assert torch.equal(y.float(), pool(x.float(), kernel, stride, padding, dilation))
+
+
+@pytest.mark.parametrize("zero", [0, -3])
+def test_wide_groups_are_summed_exactly(zero):
+    """Sums beyond 2^28, whose parts float32 cannot hold."""
+    x = torch.randint(100, 128, (2, 65536, 3), dtype=torch.int8)
+    weight = torch.randint(100, 128, (4, 1, 32768), dtype=torch.int8)
+    sums = [
+        ((x[:, part].long() - zero).transpose(1, 2) @ weight[rows, 0].long().T).transpose(1, 2)
+        for part, rows in ((slice(32768), slice(2)), (slice(32768, None), slice(2, None)))
+    ]
+    expected = torch.cat(sums, dim=1)
+    assert (expected > 2**28).all()
+    epilogue = (torch.ones(4), None, None, None, False, torch.float32)
+    geometry = ([1], [0], [1], 2)
+    y = int8_ops.conv_int8(x, zero, weight, [4, 1, 32768], "", *epilogue, *geometry)
+    assert torch.equal(y, expected.float())

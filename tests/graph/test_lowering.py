@@ -128,21 +128,22 @@ class Clamped(nn.Module):
         return fq.site("mark", x.clamp(-0.5, 0.9))
 
 
-def test_a_bound_that_is_the_integer_zero_is_kept():
-    """-0.5 at scale 0.01 and zero point 50, which is no ReLU."""
+@pytest.mark.parametrize(("step", "least", "most"), [(0.01, 0, 127), (0.013, 12, 119)])
+def test_a_bound_that_is_no_relu_is_kept(step, least, most):
+    """-0.5 at scale 0.01 and zero point 50 is the integer 0; at 0.013, -38.5 rounds up, 69.2 down."""
     grid = fq.Quantizer(fq.QuantSpec(), symmetric=False)
     model, x = nn.Sequential(nn.Linear(8, 16), Clamped()), torch.randn(16, 8)
     params = {n: p.detach() for n, p in model.named_parameters()}
     plan = fq.make_plan(model, [fq.OpRule(ops=("site",), output=grid), *fq.w8a8()], (x,))
     stats = fq.calibrate_model(model, plan, params, [x], progress=False)
     qstate = fq.finalize(plan, stats)
-    qstate["1/mark#0.output"] = torch.tensor(0.01)
+    qstate["1/mark#0.output"] = torch.tensor(step)
     qstate["1/mark#0.output.zero_point"] = torch.tensor(50.0)
     program = fq.export_qdq(model, plan, params, qstate, (x,))
     lowered, report = fq.lower(program)
     assert kernels(report) == ["linear_int8"]
     q = site_integers(lowered, x)["1/mark#0.output"]
-    assert (q.min(), q.max()) == (0, 127)
+    assert (q.min(), q.max()) == (least, most)
     assert agreement(program, lowered, x)[0] > 0.99
 
 
@@ -217,6 +218,8 @@ def test_kept_edges_stay_as_they_are():
     assert [layer.kernel for layer in report.layers] == ["linear_int8", "weight_only"]
     assert report.layers[0].reason.endswith("edge 2/linear#0.input is kept")
     assert agreement(program, lowered, x)[0] == 1.0
+    first = fq.lower(program, edges={r"2/.*": "merge", ".*": "keep"})  # the first that matches
+    assert first.report.kept == ("0/linear#0.input", "0/linear#0.weight", "2/linear#0.input")
     every = fq.lower(program, edges={".*": "keep"})
     assert not every.report.lowered
     assert torch.equal(every.program.module()(x), program.module()(x))

@@ -5,7 +5,8 @@ from torch import nn
 
 import fquant as fq
 from fquant.graph import dynamic_rows
-from fquant.sparse import sparse_conv, subm_conv
+from fquant.sparse import join_features, sparse_conv, subm_conv
+from fquant.sparse import nn as sparse_nn
 from tests.graph.programs import SITES, agreement, exported, kernels, scene
 
 
@@ -57,3 +58,41 @@ def test_a_sparse_network_with_a_residual_runs_in_integers():
             assert torch.equal(run(*args).features, y.features)
     targets = [n.target for n in lowered.graph.nodes]
     assert torch.ops.fquant.sparse_conv.default not in targets
+
+
+class Joined(nn.Module):
+    """Modules of every kind of convolution, joined channels, a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = sparse_nn.SparseSequential(sparse_nn.SubMConv2d(6, 8, 3), nn.BatchNorm1d(8))
+        self.down = sparse_nn.SparseConv2d(8, 12, 2, 2, indice_key="down")
+        self.up = sparse_nn.SparseInverseConv2d(12, 8, 2, indice_key="down")
+        self.pool = sparse_nn.SparseMaxPool2d(2)
+        self.wider = sparse_nn.SparseConvTranspose2d(16, 4, 2, 2)
+
+    def forward(self, x):
+        y = self.stem(x).map(torch.relu)
+        z = self.up(self.down(y).map(torch.relu)).map(torch.relu)
+        return self.wider(self.pool(join_features(y, z)))
+
+
+def test_modules_with_joined_channels_and_a_pool_run_in_integers():
+    model = Joined().eval()
+    cells = [sparse_nn.with_maps(model, scene(seed, 0.4)[0]) for seed in range(3)]
+    rules = [fq.OpRule(ops=("cat",), inputs=fq.QuantSpec()), *fq.w8a8()]
+    args = cells[:1]
+    options = {"batches": [(x,) for x in cells], "dynamic_shapes": dynamic_rows(tuple(args))}
+    program = exported(model, tuple(args), rules, **options)
+    lowered, report = fq.lower(program)
+    assert kernels(report) == ["sparse_conv_int8"] * 4
+    targets = [n.target for n in lowered.graph.nodes if n.op == "call_function"]
+    assert targets.count(torch.ops.aten.cat.default) == 1
+    assert torch.ops.fquant.dequantize.default not in targets
+    for x in cells:
+        share, sites = agreement(program, lowered, x)
+        assert share > 0.999
+        # One quantizer rounds both joined tensors; the first is what `down` reads as well.
+        assert "cat#0.input[1]" in sites
+        assert "cat#0.input" not in sites
+        assert torch.allclose(lowered.module()(x).features, program.module()(x).features, atol=1e-5)

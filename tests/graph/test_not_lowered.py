@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fquant as fq
-from fquant.graph import DEFAULT_TABLE
-from tests.graph.programs import SITES, exported, kernels, scene
+from fquant.graph import DEFAULT_TABLE, is_quantize
+from tests.graph.programs import SITES, Mark, exported, kernels, scene
 from tests.graph.test_lowering_sparse import SparseResidual
 
 
@@ -101,13 +101,15 @@ class Twice(nn.Module):
         return fq.site("fine", fq.site("coarse", x)) + 0.0
 
 
-def test_integers_on_another_grid_are_rounded_again():
+@pytest.mark.parametrize(("step", "bits"), [(0.04, 8), (0.05, 4)])
+def test_integers_on_another_grid_are_rounded_again(step, bits):
     """Q of DQ is nothing on one grid only."""
     x = torch.linspace(-1.0, 1.0, 41)[None]
-    rules = [fq.OpRule(ops=("site",), output=fq.QuantSpec())]
-    plan = fq.make_plan(Twice(), rules, (x,))
-    scales = {"coarse#0.output": torch.tensor(0.05), "fine#0.output": torch.tensor(0.04)}
-    program = fq.export_qdq(Twice(), plan, {}, scales, (x,))
+    rules = [fq.OpRule("1", ops=("site",), output=fq.QuantSpec(bits)), SITES]
+    model = nn.Sequential(Mark(), Mark())
+    plan = fq.make_plan(model, rules, (x,))
+    scales = {"0/mark#0.output": torch.tensor(0.05), "1/mark#0.output": torch.tensor(step)}
+    program = fq.export_qdq(model, plan, {}, scales, (x,))
     lowered = fq.lower(program).program
     assert torch.equal(lowered.module()(x), program.module()(x))
 
@@ -129,3 +131,78 @@ def test_a_residual_of_another_shape_is_no_part_of_the_layer():
     lowered, report = fq.lower(program)
     assert kernels(report)[0] == "conv_int8"
     assert torch.allclose(lowered.module()(x), program.module()(x), atol=1e-5)
+
+
+class TwoNorms(nn.Sequential):
+    """A batch norm of a batch norm, as a network put together of parts may have."""
+
+    def __init__(self):
+        norms = [nn.BatchNorm2d(4) for _ in range(2)]
+        super().__init__(nn.Conv2d(3, 4, 3), *norms, nn.ReLU(), nn.Conv2d(4, 2, 3))
+        for norm in norms:
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+
+
+class PooledTwice(nn.Module):
+    """What is pooled is used as it is and after a ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = nn.functional.max_pool2d(self.conv(x), 2)
+        return fq.site("y", y.relu()) - y
+
+
+class PooledToTheEdge(nn.Sequential):
+    """A pool in ceil mode, which integers have not."""
+
+    def __init__(self):
+        pool = nn.MaxPool2d(2, ceil_mode=True)
+        super().__init__(nn.Conv2d(3, 4, 2), pool, nn.Conv2d(4, 2, 3))
+
+
+class AddedBehindReLU(nn.Module):
+    """A sum after the ReLU, not before it, as int8 kernels have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).relu() + fq.site("skip", x)
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "operation"),
+    [
+        (TwoNorms, [], "conv2d+batch_norm"),
+        (PooledTwice, [SITES], "conv2d"),
+        (PooledToTheEdge, [], "conv2d"),
+        (AddedBehindReLU, [SITES], "conv2d+relu"),
+    ],
+)
+def test_what_follows_a_layer_is_done_once_and_by_all_who_read_it(model, rules, operation):
+    x = torch.randn(4, 3, 8, 8)
+    program = exported(model(), (x,), [*rules, *fq.w8a8()])
+    lowered, report = fq.lower(program)
+    assert report.layers[0].operation == operation
+    assert torch.allclose(lowered.module()(x), program.module()(x), atol=1e-5)
+
+
+def test_a_kept_edge_of_equal_grids_stays():
+    """Q of DQ on one grid is nothing, unless the edge is kept."""
+    x = torch.linspace(-1.0, 1.0, 41)[None]
+    rules = [fq.OpRule(ops=("site",), output=fq.QuantSpec())]
+    plan = fq.make_plan(Twice(), rules, (x,))
+    scales = dict.fromkeys(("coarse#0.output", "fine#0.output"), torch.tensor(0.05))
+    program = fq.export_qdq(Twice(), plan, {}, scales, (x,))
+
+    def rounded(edges):
+        nodes = fq.lower(program, edges=edges).program.graph.nodes
+        return sum(is_quantize(node) for node in nodes)
+
+    assert rounded({}) == 1
+    assert rounded({"fine.*": "keep"}) == rounded({"coarse.*": "keep"}) == 2

@@ -1,8 +1,8 @@
 """Every layer against spconv 2.3.8 on CPU: cells, features, and gradients by features and parameters.
 
-20 cases of layer and axes; an eighth of the Hypothesis profile's examples each, so 500 drawn networks,
-and 5,000 with HYPOTHESIS_PROFILE=thorough. `tests/sparse/test_differential.py` has the same layers
-against torch's dense operators, exactly.
+20 cases of layer and axes; 25 examples each or an eighth of the Hypothesis profile's, so 500 drawn
+networks, and 5,000 with HYPOTHESIS_PROFILE=thorough. `tests/sparse/test_differential.py` has the same
+layers against torch's dense operators, exactly.
 
 spconv's CPU convolutions run backward, but ask for a CUDA stream first (AssertionError: "Torch not
 compiled with CUDA enabled"), which the fixture below answers with 0; nothing on the CPU uses it. Its
@@ -134,7 +134,7 @@ def network(data, kind, axes, x):
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
-    max_examples=settings.default.max_examples // 8,
+    max_examples=max(25, settings.default.max_examples // 8),
     suppress_health_check=[*HealthCheck],  # the fixture sets the same for all examples
 )
 @given(data=st.data())

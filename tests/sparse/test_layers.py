@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 import fquant as fq
 from fquant.sparse import (
     SparseTensor,
+    add_features,
     avg_pool,
     global_avg_pool,
     global_max_pool,
+    nn,
     sparse_conv,
     sparse_conv_int8,
     transposed_conv_map,
@@ -96,6 +98,17 @@ def test_int8_through_a_transposed_map():
 X = SparseTensor.from_dense(torch.ones(1, 1, 4))
 
 
+def test_sums_keep_the_maps_of_the_first():
+    first, second = (nn.SubMConv1d(1, 1, 3)(X) for _ in range(2))
+    assert first.maps["subm k3"] is not second.maps["subm k3"]
+    assert add_features(first, second).maps["subm k3"] is first.maps["subm k3"]
+
+
+def two_levels_up_at_once():
+    down = [nn.SparseConv1d(1, 1, 1, indice_key=key) for key in ("first", "second")]
+    return nn.SparseSequential(*down, nn.SparseInverseConv1d(1, 1, 1, indice_key="first"))(X)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -105,6 +118,7 @@ X = SparseTensor.from_dense(torch.ones(1, 1, 4))
         (lambda: avg_pool(fq.quantize(X, 1.0), 2), TypeError, "avg_pool: features must be"),
         (lambda: global_avg_pool(fq.quantize(X, 1.0)), TypeError, "global_avg_pool: features"),
         (lambda: global_max_pool(X.features), TypeError, "global_max_pool: x must be"),
+        (two_levels_up_at_once, ValueError, r"made the cells of x, \('second',\), got 'first'"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

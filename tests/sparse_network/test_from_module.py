@@ -132,6 +132,22 @@ class TwoReaders(torch_nn.Module):
         return self.last(join_features(y, y.map(torch.relu)))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_without_parameters_of_its_own(affine):
+    norm = nn.SparseBatchNorm(2, affine=affine)
+    model = nn.SparseSequential(nn.SubMConv1d(2, 2, 3), norm).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    listed = list_layers(model)
+    x = SparseTensor.from_dense(torch.randn(1, 2, 9))
+    network = SparseNetwork(listed.layers, 1, batch_norm=False)
+    args = (x, make_maps(listed.layers, x))
+    y = functional_call(network, listed.params(model.state_dict()), args)
+    assert torch.allclose(y.features, model(x).features, atol=1e-6)
+    with pytest.raises(ValueError, match=r"state must have parameters and buffers.*running_mean"):
+        listed.params(dict(model.named_parameters()))
+
+
 class OfThreeArguments(torch_nn.Module):
     def forward(self, features, coords, batch_size=1):
         return features
@@ -154,6 +170,16 @@ class SumOfInputs(torch_nn.Module):
         (TwoReaders(), "which others read as well"),
         (SumOfInputs(), "which is no convolution's result"),
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), nn.SparseAvgPool1d(2)), "SparseAvgPool1d"),
+        (
+            nn.SparseSequential(nn.SparseInverseConv1d(2, 2, 2, indice_key="down")),
+            "the inverse of 'down', which no layer before has",
+        ),
+        (
+            nn.SparseSequential(
+                nn.SubMConv1d(2, 2, 3), torch_nn.BatchNorm1d(2, track_running_stats=False)
+            ),
+            "batch norm without running statistics",
+        ),
         (nn.SparseSequential(nn.SubMConv1d(2, 2, 3), torch_nn.Tanh()), "Tanh"),
         (OnFeatures(lambda x, y: torch.cat([x.features, y.features])), "other than channels"),
         (OnFeatures(lambda x, y: y.features + 1), "a sum of"),

@@ -88,6 +88,21 @@ def test_int8_is_near_float_and_the_values_are_integers():
     assert quantized_values(LAYERS, int8) == on_the_grid - {"pool"}
 
 
+def test_a_residual_that_no_int8_layer_reads_otherwise_is_on_a_grid():
+    layers = [
+        Layer("a", "subm", (3, 4)),
+        Layer("b", "subm", (4, 4)),
+        Layer("c", "subm", (4, 4), residual="a"),
+        Layer("d", "subm", (4, 4), 1, relu=False),
+    ]
+    assert quantized_values(layers, {"c"}) == {"a", "b"}
+    x = networks.scene(0, 0.5)
+    maps = make_maps(layers, x)
+    fake, deployed = networks.quantized(layers, {"c"}, x)
+    actual = int8_network(layers, {"c"})(deployed, x, maps).features
+    assert torch.allclose(actual, fake(x, maps).features, atol=1e-5)
+
+
 def test_what_is_joined_shares_the_larger_scale():
     names = {v: value_scale_name(v) for v in ("rise", "block", "down")}
     scales = {names["rise"]: torch.tensor(0.5), names["block"]: torch.tensor(2.0)}

@@ -19,6 +19,7 @@ from fquant.sparse import (
     pad_map,
     pad_to_capacity,
     sparse_conv,
+    sparse_conv_int8,
     subm_map,
     transpose_map,
     valid_count,
@@ -119,7 +120,7 @@ def test_the_cache_goes_by_content_and_comes_out_anew():
         MapCache.empty(0)
 
 
-@pytest.mark.parametrize("what", ["order", "grid", "dtype", "network"])
+@pytest.mark.parametrize("what", ["order", "grid", "batch size", "dtype", "network"])
 def test_the_cache_tells_scenes_apart(what):
     x = networks.scene(0, 0.4)
     _, cache = cached_maps(LAYERS, x, MapCache.empty(2))
@@ -128,6 +129,8 @@ def test_the_cache_tells_scenes_apart(what):
         x = type(x)(x.features.flip(0), x.coords.flip(0), x.spatial_shape, x.batch_size)
     elif what == "grid":
         x = type(x)(x.features, x.coords, (10, 9), x.batch_size)
+    elif what == "batch size":
+        x = type(x)(x.features, x.coords, x.spatial_shape, x.batch_size + 1)
     elif what == "dtype":
         x = type(x)(x.features, x.coords.int(), x.spatial_shape, x.batch_size)
     else:
@@ -165,6 +168,29 @@ def test_padded_rows_change_nothing(extra, seed, density):
     assert torch.equal(without_padding(wide).features, x.features)
 
 
+def test_padded_submanifold_layers():
+    """The middle tap is summed first where each row of a block has it; rows of padding have none."""
+    x = networks.scene(0, 0.5)
+    rows, kernel_map = len(x.coords), subm_map(x, 3)
+    wide, wide_map = pad_to_capacity(x, rows + 5), pad_map(kernel_map, rows + 5, rows + 5)
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = sparse_conv(x, weight, kernel_map=kernel_map).features
+        padded = sparse_conv(wide, weight, kernel_map=wide_map).features
+        sizes = sparse_conv(x.map(torch.abs), weight.abs(), kernel_map=kernel_map).features
+    assert (
+        (padded[:rows] - y).abs() <= 2 * 81 * 2**-24 * sizes
+    ).all()  # as fquant.sparse.conv says
+    weight = fq.quantize(weight, 0.02)
+    results = [
+        sparse_conv_int8(
+            fq.quantize(record, 0.02), weight, kernel_map=m, output_scale=torch.tensor(0.1)
+        ).features.q
+        for record, m in ((x, kernel_map), (wide, wide_map))
+    ]
+    assert torch.equal(results[1][:rows], results[0])
+
+
 def test_overflow_is_an_error_and_nothing_is_cut_off():
     x = networks.scene(0, 0.5)
     rows = len(x.coords)
@@ -180,6 +206,7 @@ def test_overflow_is_an_error_and_nothing_is_cut_off():
     tight = {**counts, "input/conv3s2p1": counts["input/conv3s2p1"] - 1}
     with pytest.raises(ValueError, match=r"cells at 'input/conv3s2p1' for"):
         pad_network(LAYERS, x, maps, tight)
+    assert pad_network(LAYERS, x, maps, counts)[0].coords.shape[0] == rows  # just enough
     with pytest.raises(ValueError, match="capacity must have every level"):
         pad_network(LAYERS, x, maps, {"input": 999})
 
@@ -210,6 +237,12 @@ def test_quantized_features_are_padded_too():
     assert torch.equal(without_padding(wide).features.q, x.features.q)
 
 
+def test_the_last_layer_with_weights_is_last_whatever_follows():
+    layers = [Layer(name, "subm", (2, 2)) for name in "abc"]
+    for end in (Layer("pool", "max_pool"), Layer("mean", "global_avg_pool")):
+        assert first_and_last([*layers, end]) == {"a", "c"}
+
+
 def test_the_choice_follows_the_nearest_time_and_what_it_is_told():
     slow, fast = LayerTime(27, (8, 8), 90.0, 70.0), LayerTime(27, (64, 64), 60.0, 150.0)
     layers = [
@@ -229,6 +262,8 @@ def test_the_choice_follows_the_nearest_time_and_what_it_is_told():
     for times in ([point, full], [full, point]):
         assert [c.int8 for c in choose_int8(by_taps, times)][1]
         assert not [c.int8 for c in choose_int8(layers, times)][1]
+    back, forth = LayerTime(27, (64, 16), 90.0, 70.0), LayerTime(27, (16, 64), 60.0, 150.0)
+    assert [c.int8 for c in choose_int8(layers, [back, forth])] == [False, True, True, False]
     assert chosen(in_float=()) == {"wide", "last"}
     assert chosen(in_int8={"narrow", "first"}) == {"first", "narrow", "wide"}
     assert chosen(in_float={"wide"}) == {"last"}

@@ -5,7 +5,8 @@
     ours = convert_spconv(model)              the same model in this library's modules: trains on CPU,
                                               compiles, is exported and runs in int8
 
-Paths and operations have the same names in both, so a plan's rules, statistics and scales carry over.
+Paths and operations have the same names in both, so a plan's rules, statistics and scales carry over,
+but for scales per channel of 1 x 1 weights, which `pointwise="spconv"` rearranges: observe them anew.
 
 Where spconv 2.3.8 differs from torch's dense operators, this library follows torch:
 
