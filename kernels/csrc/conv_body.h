@@ -81,7 +81,8 @@ void add_compensation(const ConvArgs& a, const Pairs& list, uint32_t* compensati
   const int64_t row_bytes = a.channels * static_cast<int64_t>(sizeof(typename T::Elem));
   __builtin_memset(compensation, 0, rows * sizeof(uint32_t));
   for (int64_t p = list.split[0]; p < list.split[a.taps]; ++p) {
-    __builtin_prefetch(features + list.index[p] * row_bytes);
+    const char* from = features + list.index[p] * row_bytes;
+    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + i);
     if (T::kUnsigned) {
       compensation[list.row[p]] += 128u * static_cast<uint32_t>(a.row_sums[list.index[p]]);
     }
