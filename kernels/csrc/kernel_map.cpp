@@ -50,6 +50,9 @@ void neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t out
   prefer_huge_pages(table, entries);
   if (inputs == 0 || outputs == 0) {
     std::fill(table, table + entries, -1);
+  } else if (are_same(coords, inputs, out_coords, outputs, g.dims) &&
+             brick_neighbors(coords, inputs, g, table, threads)) {
+    return;
   } else if (!input_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
              !output_neighbors(coords, inputs, out_coords, outputs, g, table, threads)) {
     sorted_neighbors(coords, inputs, out_coords, outputs, g, table, threads);

@@ -40,6 +40,9 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
 // bits look up what every input or every output meets; they return false, with nothing of the table
 // promised, where the grid does not suit them or the other one has less to look up.
 template <class T>
+bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t* table,
+                     int64_t threads);
+template <class T>
 bool input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                      const Geometry& g, int32_t* table, int64_t threads);
 template <class T>
