@@ -12,44 +12,31 @@
 #include <vector>
 
 #include "bits.h"
+#include "isa.h"
 #include "kernel_map.h"
+#include "kernel_map_bricks.h"
 #include "parallel.h"
 #include "voxel_bitmap.h"
 
 namespace fquant {
 namespace {
 
-constexpr int kHalf = 13;          // offsets before the middle one
-constexpr int kNeighbors = 18;     // bricks that hold cells before those of a brick
-constexpr int kRows = 10;          // of cells per plane: eight and one of either neighbor
-constexpr int64_t kBatch = 1024;   // voxels whose neighbors are found before any is looked up
-
-// A cell of a brick and one cell around it: its brick among the neighbors, and its bit there.
-struct Place {
-  uint8_t neighbor, plane, bit;
-};
-
-struct Tables {
-  std::array<Place, 9 * kRows * kRows> places;
-  int16_t step[kHalf];  // of places
-
-  Tables() {
-    for (int z = -1; z < 8; ++z) {
+const BrickCell* brick_cells() {
+  static const auto cells = [] {
+    std::array<BrickCell, 9 * kBrickRows * kBrickRows> all;
+    for (int z = -1, n = 0; z < 8; ++z) {
       for (int y = -1; y <= 8; ++y) {
         for (int x = -1; x <= 8; ++x) {
           const int brick = ((z + 8) / 8 * 3 + (y + 8) / 8) * 3 + (x + 8) / 8;
-          places[((z + 1) * kRows + y + 1) * kRows + x + 1] = {
-              static_cast<uint8_t>(brick), static_cast<uint8_t>(z & 7),
-              static_cast<uint8_t>((y & 7) * 8 + (x & 7))};
+          all[n++] = {static_cast<uint8_t>(brick), static_cast<uint8_t>(z & 7),
+                      static_cast<uint8_t>((y & 7) * 8 + (x & 7)), 0};
         }
       }
     }
-    for (int h = 0; h < kHalf; ++h) {
-      step[h] = static_cast<int16_t>((h / 9 - 1) * kRows * kRows + (h / 3 % 3 - 1) * kRows +
-                                     h % 3 - 1);
-    }
-  }
-};
+    return all;
+  }();
+  return cells.data();
+}
 
 // How coordinates become bricks of the grid, row-major with one empty brick between lines, and cells.
 struct Grid {
@@ -95,13 +82,6 @@ struct Grid {
     size *= extent[0];
     return size <= most;
   }
-};
-
-// A voxel where its brick has it.
-struct Slot {
-  int32_t row;
-  uint16_t place;     // into Tables::places
-  uint8_t line, bit;  // of the rows of its brick
 };
 
 class Bricks {
@@ -155,63 +135,32 @@ class Bricks {
       start_[p] = sum;
       sum += count_bits(bits_[p]);
     }
-    std::array<Slot, 512> of_cell;
+    std::array<BrickSlot, 512> of_cell;
     for (int c = 0; c < 512; ++c) {
       const int z = c >> 6, y = c >> 3 & 7, x = c & 7;
-      of_cell[c] = {0, static_cast<uint16_t>(((z + 1) * kRows + y + 1) * kRows + x + 1),
-                    static_cast<uint8_t>(z * kRows + y), static_cast<uint8_t>(x)};
+      of_cell[c] = {0, static_cast<uint16_t>(((z + 1) * kBrickRows + y + 1) * kBrickRows + x + 1),
+                    static_cast<uint8_t>(z * 16 + y), static_cast<uint8_t>(x)};
     }
-    slots_.reset(new Slot[count]);
+    slots_.reset(new BrickSlot[count]);
     for (int64_t i = 0; i < count; ++i) {
-      Slot slot = of_cell[code[i] & 511];
+      BrickSlot slot = of_cell[code[i] & 511];
       slot.row = static_cast<int32_t>(i);
       slots_[slot_of(code[i] >> 6, code[i] & 63)] = slot;
     }
     return true;
   }
 
-  int64_t count() const { return count_; }
-  int32_t start(int64_t brick) const { return start_[brick * 8]; }
-  const Slot& slot(int64_t at) const { return slots_[at]; }
-  int32_t slot_of(uint32_t plane, uint32_t bit) const {
-    return start_[plane] + count_bits(bits_[plane] & ((uint64_t{1} << bit) - 1));
-  }
-
-  // First planes of the neighbors of a brick.
-  void neighbors(int64_t brick, uint32_t* to) const {
-    const uint32_t none = static_cast<uint32_t>(count_) * 8;
-    for (int64_t z = -1; z <= 0; ++z) {
-      for (int64_t y = -1; y <= 1; ++y, to += 3) {
-        const int64_t at = place_[brick] + z * outer_ + y * middle_ - 1;
-        const uint64_t found = bits_from(grid_.data(), at);
-        uint32_t next = static_cast<uint32_t>(rank(static_cast<uint32_t>(at))) * 8;
-        for (int x = 0; x < 3; ++x) {
-          const uint32_t present = found >> x & 1;
-          to[x] = present != 0 ? next : none;
-          next += present * 8;
-        }
-      }
-    }
-  }
-
-  // Planes -1 to 7 of ten rows each, of ten cells each.
-  void rows(const uint32_t* neighbors, uint16_t* to) const {
-    for (int z = -1; z < 8; ++z, to += kRows) {
-      const uint32_t* n = neighbors + (z < 0 ? 0 : 9);
-      const auto bytes = [&](int i) {
-        return reinterpret_cast<const uint8_t*>(&bits_[n[i] + (z & 7)]);
-      };
-      const auto row = [](unsigned left, unsigned middle, unsigned right) {
-        return static_cast<uint16_t>(left >> 7 | middle << 1 | (right & 1) << 9);
-      };
-      const uint8_t *left = bytes(3), *middle = bytes(4), *right = bytes(5);
-      to[0] = row(bytes(0)[7], bytes(1)[7], bytes(2)[7]);
-      for (int y = 0; y < 8; ++y) to[1 + y] = row(left[y], middle[y], right[y]);
-      to[9] = row(bytes(6)[0], bytes(7)[0], bytes(8)[0]);
-    }
+  void describe(BrickMap* m) const {
+    m->grid = grid_.data(), m->before = before_.get(), m->place = place_.get();
+    m->outer = outer_, m->middle = middle_;
+    m->bits = bits_.data(), m->start = start_.get(), m->slots = slots_.get();
+    m->bricks = count_;
   }
 
  private:
+  int32_t slot_of(uint32_t plane, uint32_t bit) const {
+    return start_[plane] + count_bits(bits_[plane] & ((uint64_t{1} << bit) - 1));
+  }
   int32_t rank(uint32_t at) const {
     return before_[at >> 6] + count_bits(grid_[at >> 6] & ((uint64_t{1} << (at & 63)) - 1));
   }
@@ -222,60 +171,54 @@ class Bricks {
   std::unique_ptr<uint32_t[]> place_;  // of every brick in the grid
   std::vector<uint64_t> bits_;         // eight planes per brick
   std::unique_ptr<int32_t[]> start_;   // first slot of every plane
-  std::unique_ptr<Slot[]> slots_;
+  std::unique_ptr<BrickSlot[]> slots_;
 };
 
-// The 3 x 3 bits of the rows at `rows`, or what they begin with.
-inline uint32_t nine_bits(const uint16_t* rows, int bit) {
-  uint64_t word;
-  std::memcpy(&word, rows, sizeof(word));
-  word = word >> bit & 0x000700070007;
-  return static_cast<uint32_t>(word * ((uint64_t{1} << 32) + (1 << 19) + (1 << 6)) >> 32) & 511;
-}
+inline int32_t count(uint64_t x) { return count_bits(x); }
 
-struct Taps {
-  uint32_t wanted = 0;  // bits
-  int64_t tap[kHalf];
-};
+#include "kernel_map_bricks_body.h"
 
-void write_bricks(const Bricks& bricks, int64_t first, int64_t last, const Taps& taps, int64_t all,
-                  int64_t outputs, int32_t* table) {
-  static const Tables tables;
-  int32_t *to[kHalf], *opposite[kHalf];
-  for (int h = 0; h < kHalf; ++h) {
-    to[h] = table + taps.tap[h] * outputs;
-    opposite[h] = table + (all - 1 - taps.tap[h]) * outputs;
-  }
-  uint16_t rows[9 * kRows + 4] = {};
-  uint32_t neighbors[kNeighbors];
-  uint16_t hits[512 * kHalf + 16];
-  for (int64_t b = first; b < last; ++b) {
-    bricks.neighbors(b, neighbors);
-    bricks.rows(neighbors, rows);
-    const int32_t begin = bricks.start(b), end = bricks.start(b + 1);
-    int64_t num_hits = 0;
-    for (int32_t s = begin; s < end; ++s) {
-      const Slot& slot = bricks.slot(s);
-      uint32_t mask = nine_bits(rows + slot.line, slot.bit) |
-                      nine_bits(rows + slot.line + kRows, slot.bit) << 9;
-      mask &= taps.wanted;
-      for (; mask != 0; mask &= mask - 1) {
-        hits[num_hits++] = static_cast<uint16_t>((s - begin) << 4 | __builtin_ctz(mask));
-      }
-    }
-    for (int64_t n = 0; n < num_hits; ++n) {
-      const int h = hits[n] & 15;
-      const Slot& slot = bricks.slot(begin + (hits[n] >> 4));
-      const Place& place = tables.places[slot.place + tables.step[h]];
-      const int32_t at = bricks.slot_of(neighbors[place.neighbor] + place.plane, place.bit);
-      const int32_t row = bricks.slot(at).row;
-      to[h][slot.row] = row;
-      opposite[h][row] = slot.row;
-    }
+// Planes -1 to 7 of ten rows each, of ten cells each.
+void fill_rows(const BrickMap& m, const uint32_t* nearby, uint16_t* to) {
+  for (int z = -1; z < 8; ++z, to += 16) {
+    const uint32_t* n = nearby + (z < 0 ? 0 : 9);
+    const auto bytes = [&](int i) {
+      return reinterpret_cast<const uint8_t*>(&m.bits[n[i] + (z & 7)]);
+    };
+    const auto row = [](unsigned left, unsigned middle, unsigned right) {
+      return static_cast<uint16_t>(left >> 7 | middle << 1 | (right & 1) << 9);
+    };
+    const uint8_t *left = bytes(3), *middle = bytes(4), *right = bytes(5);
+    to[0] = row(bytes(0)[7], bytes(1)[7], bytes(2)[7]);
+    for (int y = 0; y < 8; ++y) to[1 + y] = row(left[y], middle[y], right[y]);
+    to[9] = row(bytes(6)[0], bytes(7)[0], bytes(8)[0]);
   }
 }
 
 }  // namespace
+
+void write_bricks(const BrickMap& m, int64_t first, int64_t last) {
+  uint16_t rows[9 * 16 + 8] = {};
+  uint32_t nearby[kNearby], hits[512 * kHalf];
+  for (int64_t b = first; b < last; ++b) {
+    find_nearby(m, b, nearby);
+    fill_rows(m, nearby, rows);
+    const BrickSlot* voxels = m.slots + m.start[b * 8];
+    const int64_t end = m.start[b * 8 + 8] - m.start[b * 8];
+    int64_t num_hits = 0;
+    for (int64_t v = 0; v < end; ++v) {
+      const BrickSlot& slot = voxels[v];
+      const uint16_t* line = rows + slot.line;
+      uint32_t mask =
+          (nine_bits(line, slot.bit) | nine_bits(line + 16, slot.bit) << 9) & m.wanted;
+      for (; mask != 0; mask &= mask - 1) {
+        const uint32_t h = static_cast<uint32_t>(__builtin_ctz(mask));
+        hits[num_hits++] = static_cast<uint32_t>(v << 14 | (slot.cell + m.step[h]) << 4) | h;
+      }
+    }
+    write_hits(m, nearby, voxels, hits, num_hits);
+  }
+}
 
 template <class T>
 bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t* table,
@@ -291,7 +234,9 @@ bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t*
   if (!bricks.make(coords, count, grid)) return false;
 
   const int64_t all = g.taps();
-  Taps taps;
+  BrickMap map{};
+  bricks.describe(&map);
+  map.cells = brick_cells();
   for (int h = 0; h < kHalf; ++h) {
     const int offset[3] = {h / 9 - 1, h / 3 % 3 - 1, h % 3 - 1};
     int64_t tap = 0, of_axis[kMaxDims] = {};
@@ -306,18 +251,24 @@ bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t*
       }
     }
     for (int a = 0; a < g.dims; ++a) tap = tap * g.kernel[a] + of_axis[a];
-    taps.wanted |= uint32_t{wanted} << h;
-    taps.tap[h] = wanted ? tap : 0;
+    if (!wanted) continue;
+    map.wanted |= uint32_t{1} << h;
+    map.step[h] = static_cast<int16_t>((offset[0] * kBrickRows + offset[1]) * kBrickRows + offset[2]);
+    map.to[h] = table + tap * count;
+    map.opposite[h] = table + (all - 1 - tap) * count;
   }
   parallel_for(all, threads, [&](int64_t, int64_t k) {
     int32_t* to = table + k * count;
     if (k != all / 2) std::fill(to, to + count, -1);
     for (int64_t i = 0; k == all / 2 && i < count; ++i) to[i] = static_cast<int32_t>(i);
   });
-  const int64_t part = 512, parts = (bricks.count() + part - 1) / part;
+  const int64_t part = 512, parts = (map.bricks + part - 1) / part;
+  auto write = write_bricks;
+#ifdef FQUANT_X86
+  if (isa_available(kAvx512Vnni)) write = write_bricks_avx512;
+#endif
   parallel_for(parts, threads, [&](int64_t, int64_t task) {
-    const int64_t last = std::min((task + 1) * part, bricks.count());
-    write_bricks(bricks, task * part, last, taps, all, count, table);
+    write(map, task * part, std::min((task + 1) * part, map.bricks));
   });
   return true;
 }
