@@ -5,9 +5,12 @@
 
 namespace fquant {
 
-constexpr int kHalf = 13;       // offsets before the middle one
-constexpr int kNearby = 18;     // bricks that hold cells before those of a brick
-constexpr int kBrickRows = 10;  // of cells per plane: eight and one on either side
+constexpr int kHalf = 13;        // offsets before the middle one
+constexpr int kNearby = 18;      // bricks that hold cells before those of a brick
+constexpr int kBrickRows = 10;   // of cells per plane: eight and one on either side
+constexpr int kPlaneRows = 16;   // of a plane, with room
+constexpr int kBatchBricks = 64;
+constexpr int kBatchHits = 4096;  // of a batch of bricks, before the last one's
 
 // A cell of a brick or next to it: its brick of the nearby ones, and its plane and bit there.
 struct BrickCell {
@@ -21,26 +24,42 @@ struct BrickSlot {
   uint8_t line, bit;  // of the rows of its brick
 };
 
-// Voxels in bricks of 8 x 8 x 8 cells, and the table to write.
+// Voxels in bricks of 8 x 8 x 8 cells, and the table to write. A brick is at a place of the grid of
+// bricks, which is linear in the coordinates.
 struct BrickMap {
-  const uint64_t* grid;     // which bricks of the grid hold voxels
-  const int32_t* before;    // ranks of its words
-  int64_t outer, middle;    // strides of the grid
-  const uint32_t* place;    // of every brick in the grid
-  const uint64_t* bits;     // eight planes of every brick; the last brick is empty
-  const int32_t* start;     // first slot of every plane
-  const BrickSlot* slots;
-  int64_t bricks;
+  int axes;
+  int64_t low[4];
+  uint32_t first;                        // the place of the brick of `low`
+  uint32_t stride[4], shift[4], mask[4], cell[4];  // of coordinates: places, and cells in a brick
+  int64_t count, words, bricks;          // voxels, words of `grid`, bricks with voxels
+  int64_t outer, middle;                 // strides of places
+  uint64_t* grid;                        // which places have voxels
+  int32_t* before;                       // how many do before each word
+  uint32_t* code;                        // of every voxel: its place, then its brick and cell
+  uint16_t* cell_of;                     // of every voxel
+  uint32_t* place;                       // of every brick
+  uint64_t* bits;                        // eight planes of every brick, and of one without voxels
+  int32_t* start;                        // first slot of every plane
+  BrickSlot* slots;
+
   const BrickCell* cells;   // planes -1 to 7, rows -1 to 8, columns -1 to 8
+  const BrickSlot* slot_of_cell;
   int16_t step[kHalf];      // what an offset adds to a cell
   uint32_t wanted;          // offsets the kernel has: bits
   int32_t *to[kHalf], *opposite[kHalf];  // their rows of the table
 };
 
-// Finds the neighbors of the voxels of bricks [first, last).
-void write_bricks(const BrickMap& map, int64_t first, int64_t last);
+// The steps, in order; between them the driver makes room for what the next one fills.
+struct BrickPath {
+  void (*mark)(const BrickMap&, bool is_int64, const void* coords);  // code, cell_of, grid
+  int64_t (*rank)(const BrickMap&);   // before; how many bricks
+  bool (*number)(const BrickMap&);    // place, bits, code; whether voxels differ
+  void (*order)(const BrickMap&);     // start, slots
+  void (*write)(const BrickMap&, int64_t first_brick, int64_t last_brick);
+};
+extern const BrickPath kBricks;
 #ifdef FQUANT_X86
-void write_bricks_avx512(const BrickMap& map, int64_t first, int64_t last);
+extern const BrickPath kBricksAvx512;
 #endif
 
 }  // namespace fquant

@@ -1,8 +1,55 @@
-// Looking up in bricks, for every path. Included in a namespace of the path's own, because its
-// instructions are the path's.
+// The steps of every path of brick-by-brick kernel maps. Included in a namespace of the path's own,
+// because its instructions are the path's, after count_bits(), columns() and append().
 
 inline int32_t rank_of(const BrickMap& m, int64_t at) {
-  return m.before[at >> 6] + count(m.grid[at >> 6] & ((uint64_t{1} << (at & 63)) - 1));
+  return m.before[at >> 6] + count_bits(m.grid[at >> 6] & ((uint64_t{1} << (at & 63)) - 1));
+}
+
+inline int32_t slot_of(const BrickMap& m, uint32_t plane, uint32_t bit) {
+  return m.start[plane] + count_bits(m.bits[plane] & ((uint64_t{1} << bit) - 1));
+}
+
+void mark(const BrickMap& m, bool is_int64, const void* coords) {
+  if (is_int64) {
+    mark_cells(m, static_cast<const int64_t*>(coords));
+  } else {
+    mark_cells(m, static_cast<const int32_t*>(coords));
+  }
+}
+
+int64_t rank(const BrickMap& m) {
+  int64_t sum = 0;
+  for (int64_t w = 0; w < m.words; ++w) {
+    m.before[w] = static_cast<int32_t>(sum);
+    sum += count_bits(m.grid[w]);
+  }
+  return sum;
+}
+
+bool number(const BrickMap& m) {
+  uint64_t repeated = 0;
+  for (int64_t i = 0; i < m.count; ++i) {
+    const uint32_t at = m.code[i], brick = static_cast<uint32_t>(rank_of(m, at));
+    m.place[brick] = at;
+    const uint32_t code = m.code[i] = brick * 512 + m.cell_of[i];
+    const uint64_t bit = uint64_t{1} << (code & 63), old = m.bits[code >> 6];
+    repeated |= old & bit;
+    m.bits[code >> 6] = old | bit;
+  }
+  return repeated == 0;
+}
+
+void order(const BrickMap& m) {
+  int32_t sum = 0;
+  for (int64_t plane = 0; plane < m.bricks * 8 + 8; ++plane) {
+    m.start[plane] = sum;
+    sum += count_bits(m.bits[plane]);
+  }
+  for (int64_t i = 0; i < m.count; ++i) {
+    BrickSlot slot = m.slot_of_cell[m.code[i] & 511];
+    slot.row = static_cast<int32_t>(i);
+    m.slots[slot_of(m, m.code[i] >> 6, m.code[i] & 63)] = slot;
+  }
 }
 
 // First planes of the bricks nearby.
@@ -11,10 +58,11 @@ inline void find_nearby(const BrickMap& m, int64_t brick, uint32_t* to) {
   for (int64_t z = -1; z <= 0; ++z) {
     for (int64_t y = -1; y <= 1; ++y, to += 3) {
       const int64_t at = m.place[brick] + z * m.outer + y * m.middle - 1;
-      const uint64_t found = bits_from(m.grid, static_cast<uint64_t>(at));
+      uint64_t word;
+      std::memcpy(&word, reinterpret_cast<const char*>(m.grid) + (at >> 3), sizeof(word));
       uint32_t next = static_cast<uint32_t>(rank_of(m, at)) * 8;
       for (int x = 0; x < 3; ++x) {
-        const uint32_t present = static_cast<uint32_t>(found >> x & 1);
+        const uint32_t present = static_cast<uint32_t>(word >> (at & 7) >> x & 1);
         to[x] = present != 0 ? next : none;
         next += present * 8;
       }
@@ -30,17 +78,41 @@ inline uint32_t nine_bits(const uint16_t* rows, int bit) {
   return static_cast<uint32_t>(word * ((uint64_t{1} << 32) + (1 << 19) + (1 << 6)) >> 32) & 511;
 }
 
-// A hit is an offset (4 bits), the cell it leads to (10 bits) and a voxel of the brick.
-inline void write_hits(const BrickMap& m, const uint32_t* nearby, const BrickSlot* voxels,
+// A hit is a brick of the batch (6 bits), a voxel of the brick (9 bits), the cell it leads to
+// (10 bits) and an offset (4 bits).
+inline void write_hits(const BrickMap& m, int64_t first, const uint32_t (*nearby)[kNearby],
                        const uint32_t* hits, int64_t num_hits) {
   for (int64_t n = 0; n < num_hits; ++n) {
-    const uint32_t hit = hits[n], offset = hit & 15;
-    const BrickCell& cell = m.cells[hit >> 4 & 1023];
-    const uint32_t plane = nearby[cell.brick] + cell.plane;
-    const uint64_t below = m.bits[plane] & ((uint64_t{1} << cell.bit) - 1);
-    const int32_t found = m.slots[m.start[plane] + count(below)].row;
-    const int32_t row = voxels[hit >> 14].row;
+    const uint32_t hit = hits[n], offset = hit & 15, brick = hit >> 23;
+    const BrickCell cell = m.cells[hit >> 4 & 1023];
+    const int32_t slot = slot_of(m, nearby[brick][cell.brick] + cell.plane, cell.bit);
+    const int32_t found = m.slots[slot].row;
+    const int32_t row = m.slots[m.start[(first + brick) * 8] + (hit >> 14 & 511)].row;
     m.to[offset][row] = found;
     m.opposite[offset][found] = row;
+  }
+}
+
+void write(const BrickMap& m, int64_t first, int64_t last) {
+  uint16_t rows[9 * kPlaneRows + 8] = {};
+  uint32_t nearby[kBatchBricks][kNearby], hits[kBatchHits + 512 * kHalf + 16];
+  const Appender append(m);
+  while (first < last) {
+    int64_t num_hits = 0, b = 0;
+    for (; b < kBatchBricks && first + b < last && num_hits <= kBatchHits; ++b) {
+      find_nearby(m, first + b, nearby[b]);
+      fill_rows(m.bits, nearby[b], rows);
+      const int32_t* start = m.start + (first + b) * 8;
+      for (int32_t s = start[0]; s < start[8]; ++s) {
+        const BrickSlot slot = m.slots[s];
+        const uint16_t* line = rows + slot.line;
+        const uint32_t mask =
+            (nine_bits(line, slot.bit) | nine_bits(line + kPlaneRows, slot.bit) << 9) & m.wanted;
+        const uint32_t voxel = static_cast<uint32_t>(b << 23 | (s - start[0]) << 14);
+        num_hits += append(mask, voxel | uint32_t{slot.cell} << 4, hits + num_hits);
+      }
+    }
+    write_hits(m, first, nearby, hits, num_hits);
+    first += b;
   }
 }
