@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bits.h"
+#include "coord_range.h"
 #include "output_coords.h"
 
 namespace fquant {
@@ -145,16 +146,13 @@ bool bitmap_outputs(const T* coords, int64_t count, const int64_t* shape, const 
   const int64_t most = 4 * count + 65536;  // of anything that is made for the whole box
   std::vector<int64_t> low(axes), size(axes);
   std::vector<AxisReach> reach(axes);
+  const Range range = range_of(coords, count, axes);
   for (int a = 0; a < axes; ++a) {
-    T least = coords[a], greatest = coords[a];
-    for (int64_t i = 1; i < count; ++i) {
-      least = std::min(least, coords[i * axes + a]);
-      greatest = std::max(greatest, coords[i * axes + a]);
-    }
+    const int64_t least = range.low[a], greatest = range.high[a];
     constexpr int64_t kMost = int64_t{1} << 40;  // no product of two figures overflows
     if (least < -kMost || greatest > kMost) return false;
     low[a] = least;
-    size[a] = int64_t{greatest} - least + 1;
+    size[a] = greatest - least + 1;
     if (size[a] > most) return false;
     if (a == 0) continue;
     constexpr int64_t kFew = int64_t{1} << 20;

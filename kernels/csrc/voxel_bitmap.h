@@ -15,11 +15,11 @@
 #include <vector>
 
 #include "bits.h"
+#include "coord_range.h"
 #include "kernel_map.h"
 
 namespace fquant {
 
-constexpr int kAxes = kMaxDims + 1;  // the batch is the first axis
 constexpr int64_t kGrain = 2048;     // outputs whose windows are found before any is looked up
 constexpr size_t kMostShared = 16;   // cells of one place, or the grid is left to sorting
 constexpr int64_t kWindow = 57;      // bits that `bits_from` gives for sure
@@ -37,32 +37,6 @@ struct Frame {
   uint32_t place[kAxes];   // strides of places, modulo 2^32
   uint32_t line[kAxes];    // strides of lines: the row-major index over all axes but the last
 };
-
-struct Range {
-  int64_t low[kAxes], high[kAxes];
-};
-
-// All axes at once: one pass over the rows, and minima of four axes in one register.
-template <class T>
-Range range_of(const T* coords, int64_t count, int axes) {
-  T low[kAxes], high[kAxes];
-  std::copy(coords, coords + axes, low);
-  std::copy(coords, coords + axes, high);
-  const auto scan = [&](int of) {
-    for (int64_t i = 1; i < count; ++i) {
-      for (int a = 0; a < of; ++a) {
-        const T x = coords[i * of + a];
-        low[a] = low[a] < x ? low[a] : x;
-        high[a] = high[a] > x ? high[a] : x;
-      }
-    }
-  };
-  axes == 4 ? scan(4) : scan(axes);  // three dimensions: unrolled
-  Range range;
-  std::copy(low, low + axes, range.low);
-  std::copy(high, high + axes, range.high);
-  return range;
-}
 
 // False where there is no frame: a last axis of more than 4096 cells per voxel, 2^32 lines, or a
 // processor that does not read windows of bits as `bits_from` does.
