@@ -5,7 +5,7 @@
 // What each input position reaches is found once per axis.
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -89,23 +89,35 @@ struct Point {
   int32_t y, x;
 };
 
-// The bitmap of a slab, and one bit per word of it that may have bits.
+// The bitmap of a slab, and a byte per word of it that may have bits and per 64 of those: setting a
+// byte does not wait for the one set before, as setting a bit of the same word would.
 class Slab {
  public:
   Slab(int64_t rows, int64_t words) : rows_(rows), words_(words) {
     bits_.resize((rows + 1) * words);  // one row that is not an output's, for marks of no output
-    top_.resize((bits_.size() + 63) / 64);
+    some_.resize((bits_.size() + 63) / 64);
+    word_.resize(some_.size() * 64);
   }
 
   void mark(const Point* points, int64_t count, const AxisReach& y, const Marks& marks) {
+    // Locals, because bytes that are stored might be anything else.
+    uint64_t* const bits = bits_.data();
+    uint8_t *const word = word_.data(), *const some = some_.data();
+    const int64_t *const outputs = y.outputs.data(), width = y.width, none = rows_, words = words_;
+    const Mark *const firsts = marks.first.data(), *const others = marks.others.data();
+    const int64_t* const ends = marks.end.data();
+    const auto set = [=](int64_t row, const Mark& mark) {
+      const int64_t at = row + mark.word;
+      bits[at] |= mark.bits;
+      word[at] = some[at >> 6] = 1;
+    };
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t x = points[n].x;
-      const int64_t begin = x == 0 ? 0 : marks.end[x - 1], end = marks.end[x];
-      for (int64_t j = 0; j < y.width; ++j) {
-        const int64_t o = y.outputs[points[n].y * y.width + j];
-        const int64_t row = (o < 0 ? rows_ : o) * words_;
-        set(row, marks.first[x]);
-        for (int64_t k = begin; k < end; ++k) set(row, marks.others[k]);
+      const int64_t x = points[n].x, begin = x == 0 ? 0 : ends[x - 1], end = ends[x];
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t o = outputs[points[n].y * width + j];
+        const int64_t row = (o < 0 ? none : o) * words;
+        set(row, firsts[x]);
+        for (int64_t k = begin; k < end; ++k) set(row, others[k]);
       }
     }
   }
@@ -113,9 +125,16 @@ class Slab {
   // Appends the marked words, whose lines start at `line`, and clears them.
   void take(int64_t line, OutputWords* out) {
     int64_t row = 0;  // of the word at hand: words rise
-    for (size_t t = 0; t < top_.size(); ++t) {
-      for (uint64_t top = std::exchange(top_[t], 0); top != 0; top &= top - 1) {
-        const int64_t word = static_cast<int64_t>(t) * 64 + __builtin_ctzll(top);
+    for (size_t t = 0; t < word_.size(); t += 8) {
+      if (t % 64 == 0 && std::exchange(some_[t / 64], 0) == 0) {
+        t += 56;
+        continue;
+      }
+      uint64_t marked;  // the machine is little-endian, or bits_from would not do either
+      std::memcpy(&marked, &word_[t], sizeof(marked));
+      std::memset(&word_[t], 0, sizeof(marked));
+      for (; marked != 0; marked &= marked - 1) {
+        const int64_t word = static_cast<int64_t>(t) + __builtin_ctzll(marked) / 8;
         const uint64_t bits = std::exchange(bits_[word], 0);
         if (word >= rows_ * words_) break;
         if (bits == 0) continue;
@@ -127,13 +146,9 @@ class Slab {
   }
 
  private:
-  void set(int64_t row, const Mark& mark) {
-    bits_[row + mark.word] |= mark.bits;
-    top_[(row + mark.word) >> 6] |= uint64_t{1} << ((row + mark.word) & 63);
-  }
-
   int64_t rows_, words_;
-  std::vector<uint64_t> bits_, top_;
+  std::vector<uint64_t> bits_;
+  std::vector<uint8_t> word_, some_;
 };
 
 }  // namespace
