@@ -1,8 +1,11 @@
 // The two methods of kernel maps, and what they share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+
+#include "coord_range.h"
 
 namespace fquant {
 
@@ -29,6 +32,21 @@ struct Geometry {
   }
 };
 
+// Whether no product of two figures overflows, and every input is inside the grid: what rows
+// outside it mean is defined by the sorted method.
+inline bool is_ordinary(const Range& in, const Range& out, const Geometry& g) {
+  constexpr int64_t kMost = int64_t{1} << 40, kFew = int64_t{1} << 20;
+  for (int a = 0; a <= g.dims; ++a) {
+    if (std::min(in.low[a], out.low[a]) < -kMost) return false;
+    if (std::max(in.high[a], out.high[a]) > kMost) return false;
+    if (a == 0) continue;
+    const int s = a - 1;
+    if (std::max({g.kernel[s], g.stride[s], g.padding[s], g.dilation[s]}) > kFew) return false;
+    if (in.low[a] < 0 || in.high[a] >= g.shape[s]) return false;
+  }
+  return true;
+}
+
 template <class T>
 bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs, int dims) {
   return inputs == outputs &&
@@ -42,6 +60,9 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
 template <class T>
 bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t* table,
                      int64_t threads);
+template <class T>
+bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                           const Geometry& g, int32_t* table, int64_t threads);
 template <class T>
 bool input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                      const Geometry& g, int32_t* table, int64_t threads);

@@ -76,21 +76,6 @@ inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, 
   return true;
 }
 
-// Whether no product of two figures overflows, and every input is inside the grid: what rows
-// outside it mean is defined by the sorted method.
-inline bool is_ordinary(const Range& in, const Range& out, const Geometry& g) {
-  constexpr int64_t kMost = int64_t{1} << 40, kFew = int64_t{1} << 20;
-  for (int a = 0; a <= g.dims; ++a) {
-    if (std::min(in.low[a], out.low[a]) < -kMost) return false;
-    if (std::max(in.high[a], out.high[a]) > kMost) return false;
-    if (a == 0) continue;
-    const int s = a - 1;
-    if (std::max({g.kernel[s], g.stride[s], g.padding[s], g.dilation[s]}) > kFew) return false;
-    if (in.low[a] < 0 || in.high[a] >= g.shape[s]) return false;
-  }
-  return true;
-}
-
 // Rows as (place, line): what tells whether two rows are the same cell.
 struct Rows {
   std::unique_ptr<uint32_t[]> place, line;

@@ -1,7 +1,11 @@
-// What the paths of brick-by-brick kernel maps share with their driver; see kernel_map_bricks.cpp.
+// Voxels in bricks, and what the paths of kernel maps by bricks share with their drivers; see
+// kernel_map_bricks.cpp.
 #pragma once
 
 #include <cstdint>
+#include <memory>
+
+#include "coord_range.h"
 
 namespace fquant {
 
@@ -28,6 +32,7 @@ struct BrickSlot {
 // bricks, which is linear in the coordinates.
 struct BrickMap {
   int axes;
+  int axis[3];              // of the coordinates, outermost of the grid first; -1 for none
   int64_t low[4];
   uint32_t first;                        // the place of the brick of `low`
   uint32_t stride[4], shift[4], mask[4], cell[4];  // of coordinates: places, and cells in a brick
@@ -49,6 +54,16 @@ struct BrickMap {
   int32_t *to[kHalf], *opposite[kHalf];  // their rows of the table
 };
 
+// Inputs of a strided map. A code is the place of a brick of outputs (32 bits), a residue (16 bits)
+// and a cell of the brick, as BrickCells count; it reads outputs at the cell and before it, and the
+// offset of an output is a bit per axis.
+struct BrickInputs {
+  const uint64_t* code;
+  const uint8_t* wanted;         // offsets of every residue: bits
+  int32_t* const* to;            // rows of the table of every residue and offset
+  int64_t away[kNearby];         // places from a brick to those nearby
+};
+
 // The steps, in order; between them the driver makes room for what the next one fills.
 struct BrickPath {
   void (*mark)(const BrickMap&, bool is_int64, const void* coords);  // code, cell_of, grid
@@ -56,10 +71,26 @@ struct BrickPath {
   bool (*number)(const BrickMap&);    // place, bits, code; whether voxels differ
   void (*order)(const BrickMap&);     // start, slots
   void (*write)(const BrickMap&, int64_t first_brick, int64_t last_brick);
+  // Last inputs first: of equal ones the first stays.
+  void (*write_inputs)(const BrickMap&, const BrickInputs&, int64_t count, uint32_t offsets);
 };
 extern const BrickPath kBricks;
 #ifdef FQUANT_X86
 extern const BrickPath kBricksAvx512;
 #endif
+const BrickPath& brick_path();
+
+// Voxels in bricks of a grid around a box that holds them and all cells to look for.
+class BrickVoxels {
+ public:
+  BrickMap map;
+
+  // False where the grid would be too large, or voxels are repeated.
+  template <class T>
+  bool make(const T* coords, int64_t count, const Range& box, int dims);
+
+ private:
+  std::unique_ptr<char[]> first_, second_;
+};
 
 }  // namespace fquant

@@ -1,4 +1,4 @@
-// Kernel maps brick by brick with AVX-512: rows of a brick are made four planes at a time, and hits
+// Bricks with AVX-512: rows of a brick are made four planes at a time, and hits
 // are listed without a branch.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in the header itself, as GCC 12 has it
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernel_map_bricks.h"
+#include "bricks.h"
 
 namespace fquant {
 namespace {
@@ -150,10 +150,10 @@ class Appender {
   __m512i offsets_;
 };
 
-#include "kernel_map_bricks_body.h"
+#include "bricks_body.h"
 
 }  // namespace
 
-const BrickPath kBricksAvx512{mark, rank, number, order, write};
+const BrickPath kBricksAvx512{mark, rank, number, order, write, write_inputs};
 
 }  // namespace fquant

@@ -1,0 +1,178 @@
+// Voxels in bricks: the grid of bricks, and the path of every processor.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+
+#include "bits.h"
+#include "bricks.h"
+#include "huge_pages.h"
+#include "isa.h"
+
+namespace fquant {
+namespace {
+
+template <class T>
+void mark_cells(const BrickMap& m, const T* coords) {
+  const auto mark = [&](int axes) {
+    for (int64_t i = 0; i < m.count; ++i) {
+      uint32_t at = m.first, cell = 0;
+      for (int a = 0; a < axes; ++a) {
+        const uint32_t x = static_cast<uint32_t>(coords[i * axes + a] - m.low[a]);
+        at += (x >> m.shift[a]) * m.stride[a];
+        cell |= (x & m.mask[a]) << m.cell[a];
+      }
+      m.code[i] = at;
+      m.cell_of[i] = static_cast<uint16_t>(cell);
+      m.grid[at >> 6] |= uint64_t{1} << (at & 63);
+    }
+  };
+  m.axes == 4 ? mark(4) : mark(m.axes);  // three dimensions: unrolled
+}
+
+// Planes -1 to 7 of a brick.
+void fill_rows(const uint64_t* bits, const uint32_t* nearby, uint16_t* to) {
+  for (int z = -1; z < 8; ++z, to += kPlaneRows) {
+    const uint32_t* n = nearby + (z < 0 ? 0 : 9);
+    const auto bytes = [&](int i) { return reinterpret_cast<const uint8_t*>(&bits[n[i] + (z & 7)]); };
+    const auto row = [](unsigned left, unsigned middle, unsigned right) {
+      return static_cast<uint16_t>(left >> 7 | middle << 1 | (right & 1) << 9);
+    };
+    const uint8_t *left = bytes(3), *middle = bytes(4), *right = bytes(5);
+    to[0] = row(bytes(0)[7], bytes(1)[7], bytes(2)[7]);
+    for (int y = 0; y < 8; ++y) to[1 + y] = row(left[y], middle[y], right[y]);
+    to[9] = row(bytes(6)[0], bytes(7)[0], bytes(8)[0]);
+  }
+}
+
+// Appends a hit per bit of the mask: the voxel's, with an offset and the cell it leads to.
+struct Appender {
+  explicit Appender(const BrickMap& m) : map(m) {}
+  int64_t operator()(uint32_t mask, uint32_t voxel, uint32_t* to) const {
+    const int64_t count = count_bits(mask);
+    for (; mask != 0; mask &= mask - 1) {
+      const int h = __builtin_ctz(mask);
+      *to++ = voxel + static_cast<uint32_t>(map.step[h] * 16 + h);
+    }
+    return count;
+  }
+  const BrickMap& map;
+};
+
+#include "bricks_body.h"
+
+// Every cell of a brick as a slot, and those of it and around it before its last plane.
+struct Cells {
+  std::array<BrickSlot, 512> slots;
+  std::array<BrickCell, 9 * kBrickRows * kBrickRows> near;
+
+  Cells() {
+    for (int z = -1, n = 0; z < 8; ++z) {
+      for (int y = -1; y <= 8; ++y) {
+        for (int x = -1; x <= 8; ++x, ++n) {
+          const int brick = ((z + 8) / 8 * 3 + (y + 8) / 8) * 3 + (x + 8) / 8;
+          const int bit = (y & 7) * 8 + (x & 7);
+          near[n] = {static_cast<uint8_t>(brick), static_cast<uint8_t>(z & 7),
+                     static_cast<uint8_t>(bit), 0};
+          if (brick != 13) continue;
+          slots[z * 64 + bit] = {0, static_cast<uint16_t>(n),
+                                 static_cast<uint8_t>(z * kPlaneRows + y), static_cast<uint8_t>(x)};
+        }
+      }
+    }
+  }
+};
+
+// Lays out the grid of bricks: row-major with one empty brick between lines, the longest axis
+// outermost, so that bricks next to each other are near.
+// False where the grid would be too large.
+bool lay_out(const Range& range, BrickMap* m) {
+  int* const order = m->axis;
+  int64_t extent[4];
+  for (int a = 0; a < m->axes; ++a) {
+    m->low[a] = range.low[a];
+    extent[a] = range.high[a] - range.low[a] + 1;
+    if (extent[a] > int64_t{1} << 31) return false;
+  }
+  for (int i = 0; i < 3; ++i) order[i] = i < 4 - m->axes ? -1 : i - (3 - m->axes);
+  std::stable_sort(order + 4 - m->axes, order + 3,
+                   [&](int a, int b) { return extent[a] > extent[b]; });
+  const int64_t most = 256 * m->count + 65536;  // bits
+  int64_t size = 1, stride[3];
+  for (int role = 2; role >= 0; --role) {
+    const int a = order[role];
+    stride[role] = size;
+    size *= (a < 0 ? 1 : (extent[a] + 7) / 8) + 1;
+    if (size > most) return false;
+    if (a < 0) continue;
+    m->stride[a] = static_cast<uint32_t>(stride[role]);
+    m->shift[a] = 3, m->mask[a] = 7, m->cell[a] = static_cast<uint32_t>(3 * (2 - role));
+  }
+  m->outer = stride[0], m->middle = stride[1];
+  m->first = static_cast<uint32_t>(m->outer + m->middle + 1);
+  m->stride[0] = static_cast<uint32_t>(size);
+  if (extent[0] > most || size * extent[0] > std::min(most, int64_t{1} << 31)) return false;
+  m->words = (size * extent[0] + 2 * m->first) / 64 + 2;
+  return true;
+}
+
+// Arrays one after the other in one piece of memory.
+struct Array {
+  void* pointer;  // to the array's pointer
+  int64_t bytes;
+};
+std::unique_ptr<char[]> make_room(std::initializer_list<Array> arrays) {
+  constexpr int64_t kLine = 64;
+  int64_t all = kLine;
+  for (const Array& array : arrays) all += (array.bytes + kLine - 1) / kLine * kLine;
+  std::unique_ptr<char[]> room(new char[all]);
+  prefer_huge_pages(room.get(), all);
+  char* at = room.get() + (kLine - reinterpret_cast<uintptr_t>(room.get()) % kLine);
+  for (const Array& array : arrays) {
+    std::memcpy(array.pointer, &at, sizeof(at));
+    at += (array.bytes + kLine - 1) / kLine * kLine;
+  }
+  return room;
+}
+
+}  // namespace
+
+const BrickPath kBricks{mark, rank, number, order, write, write_inputs};
+
+const BrickPath& brick_path() {
+#ifdef FQUANT_X86
+  if (isa_available(kAvx512Vnni)) return kBricksAvx512;
+#endif
+  return kBricks;
+}
+
+template <class T>
+bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dims) {
+  BrickMap& m = map;
+  m = BrickMap{};
+  m.axes = 1 + dims, m.count = count;
+  if (!lay_out(box, &m)) return false;
+  const BrickPath& path = brick_path();
+  first_ = make_room({{&m.grid, m.words * 8}, {&m.before, m.words * 4}, {&m.code, count * 4},
+                      {&m.cell_of, count * 2}});
+  std::memset(m.grid, 0, m.words * 8);
+  path.mark(m, sizeof(T) == sizeof(int64_t), coords);
+  m.bricks = path.rank(m);
+  if (m.bricks >= int64_t{1} << 22) return false;
+  const int64_t planes = m.bricks * 8 + 8;
+  second_ = make_room({{&m.bits, planes * 8}, {&m.start, planes * 4}, {&m.place, m.bricks * 4},
+                       {&m.slots, count * int64_t{sizeof(BrickSlot)}}});
+  std::memset(m.bits, 0, planes * 8);
+  if (!path.number(m)) return false;
+  static const Cells cells;
+  m.slot_of_cell = cells.slots.data(), m.cells = cells.near.data();
+  path.order(m);
+  return true;
+}
+
+template bool BrickVoxels::make(const int32_t*, int64_t, const Range&, int);
+template bool BrickVoxels::make(const int64_t*, int64_t, const Range&, int);
+
+}  // namespace fquant
