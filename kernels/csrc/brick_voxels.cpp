@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 
@@ -14,51 +15,26 @@
 namespace fquant {
 namespace {
 
-template <class T>
-void mark_cells(const BrickMap& m, const T* coords) {
-  const auto mark = [&](int axes) {
-    for (int64_t i = 0; i < m.count; ++i) {
-      uint32_t at = m.first, cell = 0;
-      for (int a = 0; a < axes; ++a) {
-        const uint32_t x = static_cast<uint32_t>(coords[i * axes + a] - m.low[a]);
-        at += (x >> m.shift[a]) * m.stride[a];
-        cell |= (x & m.mask[a]) << m.cell[a];
-      }
-      m.code[i] = at;
-      m.cell_of[i] = static_cast<uint16_t>(cell);
-      m.grid[at >> 6] |= uint64_t{1} << (at & 63);
-    }
-  };
-  m.axes == 4 ? mark(4) : mark(m.axes);  // three dimensions: unrolled
-}
+#include "bricks_portable.h"
 
-// Planes -1 to 7 of a brick.
-void fill_rows(const uint64_t* bits, const uint32_t* nearby, uint16_t* to) {
-  for (int z = -1; z < 8; ++z, to += kPlaneRows) {
-    const uint32_t* n = nearby + (z < 0 ? 0 : 9);
-    const auto bytes = [&](int i) { return reinterpret_cast<const uint8_t*>(&bits[n[i] + (z & 7)]); };
-    const auto row = [](unsigned left, unsigned middle, unsigned right) {
-      return static_cast<uint16_t>(left >> 7 | middle << 1 | (right & 1) << 9);
-    };
-    const uint8_t *left = bytes(3), *middle = bytes(4), *right = bytes(5);
-    to[0] = row(bytes(0)[7], bytes(1)[7], bytes(2)[7]);
-    for (int y = 0; y < 8; ++y) to[1 + y] = row(left[y], middle[y], right[y]);
-    to[9] = row(bytes(6)[0], bytes(7)[0], bytes(8)[0]);
-  }
+inline void fill_rows(const uint64_t* bits, const uint32_t* nearby, uint16_t* to) {
+  all_rows(bits, nearby, to);
 }
 
 // Appends a hit per bit of the mask: the voxel's, with an offset and the cell it leads to.
 struct Appender {
-  explicit Appender(const BrickMap& m) : map(m) {}
+  explicit Appender(const BrickMap& m) {
+    for (int h = 0; h < kHalf; ++h) add[h] = static_cast<uint32_t>(m.step[h] * 16 + h);
+  }
   int64_t operator()(uint32_t mask, uint32_t voxel, uint32_t* to) const {
-    const int64_t count = count_bits(mask);
-    for (; mask != 0; mask &= mask - 1) {
-      const int h = __builtin_ctz(mask);
-      *to++ = voxel + static_cast<uint32_t>(map.step[h] * 16 + h);
+    int64_t count = 0;  // without a branch, which would be mispredicted once per voxel
+    for (int h = 0; h < kHalf; ++h) {
+      to[count] = voxel + add[h];
+      count += mask >> h & 1;
     }
     return count;
   }
-  const BrickMap& map;
+  uint32_t add[kHalf];
 };
 
 #include "bricks_body.h"
@@ -143,7 +119,9 @@ const BrickPath kBricks{mark, rank, number, order, write, write_inputs};
 
 const BrickPath& brick_path() {
 #ifdef FQUANT_X86
-  if (isa_available(kAvx512Vnni)) return kBricksAvx512;
+  static const char* e=getenv("FQ_ISA"); int best = e ? atoi(e) : best_isa();
+  if (best >= kAvx512Vnni) return kBricksAvx512;
+  if (best >= kAvx2) return kBricksAvx2;
 #endif
   return kBricks;
 }

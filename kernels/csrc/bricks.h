@@ -76,7 +76,7 @@ struct BrickPath {
 };
 extern const BrickPath kBricks;
 #ifdef FQUANT_X86
-extern const BrickPath kBricksAvx512;
+extern const BrickPath kBricksAvx2, kBricksAvx512;
 #endif
 const BrickPath& brick_path();
 
