@@ -3,7 +3,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 
@@ -117,11 +116,12 @@ std::unique_ptr<char[]> make_room(std::initializer_list<Array> arrays) {
 
 const BrickPath kBricks{mark, rank, number, order, write, write_inputs};
 
-const BrickPath& brick_path() {
+const BrickPath& brick_path(int isa) {
 #ifdef FQUANT_X86
-  static const char* e=getenv("FQ_ISA"); int best = e ? atoi(e) : best_isa();
-  if (best >= kAvx512Vnni) return kBricksAvx512;
-  if (best >= kAvx2) return kBricksAvx2;
+  if (isa == kAvx512Vnni) return kBricksAvx512;
+  if (isa >= kAvx2) return kBricksAvx2;
+#else
+  (void)isa;
 #endif
   return kBricks;
 }
@@ -129,10 +129,8 @@ const BrickPath& brick_path() {
 template <class T>
 bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dims) {
   BrickMap& m = map;
-  m = BrickMap{};
   m.axes = 1 + dims, m.count = count;
   if (!lay_out(box, &m)) return false;
-  const BrickPath& path = brick_path();
   first_ = make_room({{&m.grid, m.words * 8}, {&m.before, m.words * 4}, {&m.code, count * 4},
                       {&m.cell_of, count * 2}});
   std::memset(m.grid, 0, m.words * 8);

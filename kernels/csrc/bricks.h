@@ -78,12 +78,15 @@ extern const BrickPath kBricks;
 #ifdef FQUANT_X86
 extern const BrickPath kBricksAvx2, kBricksAvx512;
 #endif
-const BrickPath& brick_path();
+const BrickPath& brick_path(int isa);
 
 // Voxels in bricks of a grid around a box that holds them and all cells to look for.
 class BrickVoxels {
  public:
-  BrickMap map;
+  explicit BrickVoxels(int isa) : path(brick_path(isa)) {}
+
+  const BrickPath& path;
+  BrickMap map{};
 
   // False where the grid would be too large, or voxels are repeated.
   template <class T>

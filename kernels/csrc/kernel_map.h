@@ -14,6 +14,7 @@ constexpr int kMaxDims = 8;
 struct Geometry {
   int dims;
   const int64_t *shape, *kernel, *stride, *padding, *dilation;
+  int isa;
 
   int64_t taps() const {
     int64_t product = 1;
@@ -58,8 +59,8 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
 // bits look up what every input or every output meets; they return false, with nothing of the table
 // promised, where the grid does not suit them or the other one has less to look up.
 template <class T>
-bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t* table,
-                     int64_t threads);
+bool brick_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                     const Geometry& g, int32_t* table, int64_t threads);
 template <class T>
 bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                            const Geometry& g, int32_t* table, int64_t threads);

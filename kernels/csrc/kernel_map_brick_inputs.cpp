@@ -49,7 +49,7 @@ bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords,
     box.high[a] = std::max(box.high[a], (range.high[a] + pad) / stride);
     if (range.high[a] - range.low[a] > 4 * inputs + 65536) return false;  // codes of positions
   }
-  BrickVoxels voxels;
+  BrickVoxels voxels(g.isa);
   if (!voxels.make(out_coords, outputs, box, g.dims)) return false;
   BrickMap& m = voxels.map;
 
@@ -58,6 +58,7 @@ bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords,
   for (int a = 0, of_residue = 1; a <= g.dims; ++a) {
     const int64_t stride = a == 0 ? 1 : axes[a - 1].stride, pad = a == 0 ? 0 : axes[a - 1].padding;
     const int cell = a == 0 ? 0 : m.cell[a] == 6 ? kBrickRows * kBrickRows : m.cell[a] == 3 ? kBrickRows : 1;
+    of_position[a].reserve(range.high[a] - range.low[a] + 1);
     for (int64_t x = range.low[a]; x <= range.high[a]; ++x) {
       const int64_t quotient = a == 0 ? x : (x + pad) / stride;
       const uint64_t at = static_cast<uint64_t>(quotient - m.low[a]);
@@ -106,12 +107,11 @@ bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords,
   parallel_for(g.taps(), threads, [&](int64_t, int64_t k) {
     std::fill(table + k * outputs, table + (k + 1) * outputs, -1);
   });
-  const auto& path = brick_path();
   if (threads == 1) {
-    path.write_inputs(m, in, inputs, 255);
+    voxels.path.write_inputs(m, in, inputs, 255);
   } else {  // no two offsets write to one place
     parallel_for(8, threads, [&](int64_t, int64_t j) {
-      path.write_inputs(m, in, inputs, uint32_t{1} << j);
+      voxels.path.write_inputs(m, in, inputs, uint32_t{1} << j);
     });
   }
   return true;

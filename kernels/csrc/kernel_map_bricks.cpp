@@ -42,14 +42,15 @@ void choose_rows(const Geometry& g, int32_t* table, BrickMap* m) {
 }  // namespace
 
 template <class T>
-bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t* table,
-                     int64_t threads) {
+bool brick_neighbors(const T* coords, int64_t count, const T* out_coords, int64_t outputs,
+                     const Geometry& g, int32_t* table, int64_t threads) {
   if (g.dims > 3 || !g.is_symmetric()) return false;
+  if (!are_same(coords, count, out_coords, outputs, g.dims)) return false;
   for (int a = 0; a < g.dims; ++a) {
     if (g.kernel[a] > 3 || (g.kernel[a] == 3 && g.dilation[a] != 1)) return false;
   }
   const Range range = range_of(coords, count, 1 + g.dims);
-  BrickVoxels voxels;
+  BrickVoxels voxels(g.isa);
   if (!is_ordinary(range, range, g) || !voxels.make(coords, count, range, g.dims)) return false;
   const int64_t taps = g.taps();
   BrickMap& m = voxels.map;
@@ -61,12 +62,14 @@ bool brick_neighbors(const T* coords, int64_t count, const Geometry& g, int32_t*
   });
   const int64_t part = 512, parts = (m.bricks + part - 1) / part;
   parallel_for(parts, threads, [&](int64_t, int64_t task) {
-    brick_path().write(m, task * part, std::min((task + 1) * part, m.bricks));
+    voxels.path.write(m, task * part, std::min((task + 1) * part, m.bricks));
   });
   return true;
 }
 
-template bool brick_neighbors(const int32_t*, int64_t, const Geometry&, int32_t*, int64_t);
-template bool brick_neighbors(const int64_t*, int64_t, const Geometry&, int32_t*, int64_t);
+template bool brick_neighbors(const int32_t*, int64_t, const int32_t*, int64_t, const Geometry&,
+                              int32_t*, int64_t);
+template bool brick_neighbors(const int64_t*, int64_t, const int64_t*, int64_t, const Geometry&,
+                              int32_t*, int64_t);
 
 }  // namespace fquant

@@ -27,26 +27,27 @@ struct AxisReach {
 };
 
 AxisReach axis_reach(const Reach& r, int axis, int64_t first, int64_t extent) {
-  std::vector<std::vector<int64_t>> lists(extent);
   AxisReach reach;
+  std::vector<int64_t> all, end;  // the outputs of one position after the other
   int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
   for (int64_t i = 0; i < extent; ++i) {
+    const int64_t before = static_cast<int64_t>(all.size());
     for (int64_t k = r.kernel[axis] - 1; k >= 0; --k) {
       int64_t o;
-      if (r.output(axis, first + i, k, &o)) lists[i].push_back(o);
+      if (!r.output(axis, first + i, k, &o)) continue;
+      all.push_back(o);
+      low = std::min(low, o);
+      high = std::max(high, o);
     }
-    if (lists[i].empty()) continue;
-    low = std::min(low, *std::min_element(lists[i].begin(), lists[i].end()));
-    high = std::max(high, *std::max_element(lists[i].begin(), lists[i].end()));
-    reach.width = std::max<int64_t>(reach.width, lists[i].size());
+    end.push_back(static_cast<int64_t>(all.size()));
+    reach.width = std::max(reach.width, end.back() - before);
   }
   reach.low = reach.width == 0 ? 0 : low;
   reach.size = reach.width == 0 ? 0 : high - low + 1;
   reach.outputs.resize(extent * reach.width, -1);
-  for (int64_t i = 0; i < extent; ++i) {
-    for (int64_t n = 0; n < reach.width && !lists[i].empty(); ++n) {
-      const size_t at = std::min<size_t>(n, lists[i].size() - 1);
-      reach.outputs[i * reach.width + n] = lists[i][at] - low;
+  for (int64_t i = 0, begin = 0; i < extent; begin = end[i++]) {
+    for (int64_t n = 0; n < reach.width && begin < end[i]; ++n) {
+      reach.outputs[i * reach.width + n] = all[std::min(begin + n, end[i] - 1)] - low;
     }
   }
   return reach;
