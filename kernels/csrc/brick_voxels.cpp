@@ -128,6 +128,7 @@ const BrickPath& brick_path(int isa) {
 
 template <class T>
 bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dims) {
+  if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) return false;  // bytes of a plane are its rows
   BrickMap& m = map;
   m.axes = 1 + dims, m.count = count;
   if (!lay_out(box, &m)) return false;

@@ -1,5 +1,6 @@
 // The steps of every path of brick-by-brick kernel maps. Included in a namespace of the path's own,
-// because its instructions are the path's, after count_bits(), columns() and append().
+// because its instructions are the path's, after the path's count_bits(), mark_cells(), fill_rows()
+// and Appender.
 
 inline int32_t rank_of(const BrickMap& m, int64_t at) {
   return m.before[at >> 6] + count_bits(m.grid[at >> 6] & ((uint64_t{1} << (at & 63)) - 1));

@@ -1,4 +1,4 @@
-// Steps of brick paths in plain C++. Included in a namespace of the path's own, before bricks_body.h.
+// Steps of brick paths in plain C++. Included in a namespace of the path's own, as bricks_body.h.
 
 template <class T>
 void mark_cells(const BrickMap& m, const T* coords) {
@@ -22,7 +22,9 @@ void mark_cells(const BrickMap& m, const T* coords) {
 inline void plane_rows(const uint64_t* bits, const uint32_t* nearby, int plane, uint16_t* to) {
   typedef uint8_t Bytes __attribute__((vector_size(8)));
   typedef uint16_t Words __attribute__((vector_size(16)));
-  const auto bytes = [&](int i) { return reinterpret_cast<const uint8_t*>(&bits[nearby[i] + plane]); };
+  const auto bytes = [&](int i) {
+    return reinterpret_cast<const uint8_t*>(&bits[nearby[i] + plane]);
+  };
   const auto words = [&](int i) {
     Bytes eight;
     std::memcpy(&eight, bytes(i), sizeof(eight));

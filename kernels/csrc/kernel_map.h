@@ -1,4 +1,4 @@
-// The two methods of kernel maps, and what they share.
+// The methods of kernel maps, and what they share.
 #pragma once
 
 #include <algorithm>
@@ -55,9 +55,10 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
           std::memcmp(coords, out_coords, inputs * (1 + dims) * sizeof(T)) == 0);
 }
 
-// Each writes the (taps, outputs) table of at least one input and one output. The two methods of
-// bits look up what every input or every output meets; they return false, with nothing of the table
-// promised, where the grid does not suit them or the other one has less to look up.
+// Each writes the (taps, outputs) table of at least one input and one output. All but the last look
+// up what every input or every output meets, those of bricks for the kernels that are most common;
+// they return false, with nothing of the table promised, where grid or kernel does not suit them or
+// the next one has less to look up.
 template <class T>
 bool brick_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                      const Geometry& g, int32_t* table, int64_t threads);

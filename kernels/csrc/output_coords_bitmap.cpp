@@ -131,8 +131,9 @@ class Slab {
         t += 56;
         continue;
       }
-      uint64_t marked;  // the machine is little-endian, or bits_from would not do either
+      uint64_t marked;  // eight bytes of 0 or 1
       std::memcpy(&marked, &word_[t], sizeof(marked));
+      if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) marked = __builtin_bswap64(marked);
       std::memset(&word_[t], 0, sizeof(marked));
       for (; marked != 0; marked &= marked - 1) {
         const int64_t word = static_cast<int64_t>(t) + __builtin_ctzll(marked) / 8;

@@ -1,4 +1,4 @@
-"""The CPU path of kernel maps, compiled: bitmaps with ranks, sorted keys where grids are vast."""
+"""The CPU path of kernel maps, compiled: bricks and bitmaps, sorted keys where grids are vast."""
 
 import ctypes
 from collections.abc import Sequence
