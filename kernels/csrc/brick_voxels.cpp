@@ -3,12 +3,9 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
-#include <memory>
 
 #include "bits.h"
 #include "bricks.h"
-#include "huge_pages.h"
 #include "isa.h"
 
 namespace fquant {
@@ -93,25 +90,6 @@ bool lay_out(const Range& range, BrickMap* m) {
   return true;
 }
 
-// Arrays one after the other in one piece of memory.
-struct Array {
-  void* pointer;  // to the array's pointer
-  int64_t bytes;
-};
-std::unique_ptr<char[]> make_room(std::initializer_list<Array> arrays) {
-  constexpr int64_t kLine = 64;
-  int64_t all = kLine;
-  for (const Array& array : arrays) all += (array.bytes + kLine - 1) / kLine * kLine;
-  std::unique_ptr<char[]> room(new char[all]);
-  prefer_huge_pages(room.get(), all);
-  char* at = room.get() + (kLine - reinterpret_cast<uintptr_t>(room.get()) % kLine);
-  for (const Array& array : arrays) {
-    std::memcpy(array.pointer, &at, sizeof(at));
-    at += (array.bytes + kLine - 1) / kLine * kLine;
-  }
-  return room;
-}
-
 }  // namespace
 
 const BrickPath kBricks{mark, rank, number, order, write, write_inputs};
@@ -132,16 +110,16 @@ bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dim
   BrickMap& m = map;
   m.axes = 1 + dims, m.count = count;
   if (!lay_out(box, &m)) return false;
-  first_ = make_room({{&m.grid, m.words * 8}, {&m.before, m.words * 4}, {&m.code, count * 4},
-                      {&m.cell_of, count * 2}});
-  std::memset(m.grid, 0, m.words * 8);
+  m.grid = room<uint64_t>(m.words), m.before = room<int32_t>(m.words);
+  m.code = room<uint32_t>(count), m.cell_of = room<uint16_t>(count);
+  std::memset(m.grid, 0, m.words * sizeof(*m.grid));
   path.mark(m, sizeof(T) == sizeof(int64_t), coords);
   m.bricks = path.rank(m);
   if (m.bricks >= int64_t{1} << 22) return false;
   const int64_t planes = m.bricks * 8 + 8;
-  second_ = make_room({{&m.bits, planes * 8}, {&m.start, planes * 4}, {&m.place, m.bricks * 4},
-                       {&m.slots, count * int64_t{sizeof(BrickSlot)}}});
-  std::memset(m.bits, 0, planes * 8);
+  m.bits = room<uint64_t>(planes), m.start = room<int32_t>(planes);
+  m.place = room<uint32_t>(m.bricks), m.slots = room<BrickSlot>(count);
+  std::memset(m.bits, 0, planes * sizeof(*m.bits));
   if (!path.number(m)) return false;
   static const Cells cells;
   m.slot_of_cell = cells.slots.data(), m.cells = cells.near.data();

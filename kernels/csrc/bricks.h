@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "coord_range.h"
 
@@ -93,7 +94,13 @@ class BrickVoxels {
   bool make(const T* coords, int64_t count, const Range& box, int dims);
 
  private:
-  std::unique_ptr<char[]> first_, second_;
+  template <class T>
+  T* room(int64_t count) {
+    rooms_.emplace_back(new char[count * sizeof(T)]);
+    return reinterpret_cast<T*>(rooms_.back().get());
+  }
+
+  std::vector<std::unique_ptr<char[]>> rooms_;
 };
 
 }  // namespace fquant

@@ -7,8 +7,11 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "fquant_kernels.h"
-#include "huge_pages.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -26,11 +29,26 @@ inline int32_t* select(bool condition, int32_t* base, int64_t offset, int32_t* o
   return reinterpret_cast<int32_t*>((there & mask) | (reinterpret_cast<uintptr_t>(other) & ~mask));
 }
 
+// Asks for huge pages under a fresh table: at a million voxels the faults of 108 MB by 4 KiB took
+// 32 ms, as long as everything else. Memory that has its pages already is not changed.
+void prefer_huge_pages(int32_t* table, int64_t entries) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(table) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(table + entries) & ~(kPage - 1);
+  if (end > begin && end - begin >= 2 * kPage) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  (void)table, (void)entries;
+#endif
+}
+
 template <class T>
 void neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                const Geometry& g, int32_t* table, int64_t threads) {
   const int64_t entries = g.taps() * outputs;
-  prefer_huge_pages(table, entries * sizeof(int32_t));
+  prefer_huge_pages(table, entries);
   if (inputs == 0 || outputs == 0) {
     std::fill(table, table + entries, -1);
   } else if (!brick_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
