@@ -59,7 +59,7 @@ emulated: $(VENV)/.installed
 	cmake -S kernels -B build/emulated -DFQUANT_SIMDE="$(SIMDE)"
 	cmake --build build/emulated --parallel
 	$(RUN) FQUANT_LIBRARY_FOLDER=build/emulated $(BIN)/python -m pytest -q \
-	  tests/kernels/test_conv_int8_cpu.py $(ARGS)
+	  tests/kernels/test_conv_int8_cpu.py tests/kernels/test_kernel_map.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist

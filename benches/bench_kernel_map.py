@@ -69,25 +69,33 @@ def bench(scene: scenes.Scene, package: Any, rounds: int) -> tuple[int, float]:
     return pairs, times["subm"].median
 
 
+def exponents(name: str, points: list[tuple[int, int, float]]) -> None:
+    """Reports how time grows between the last two of (voxels, pairs, seconds)."""
+    (first, few, start), (last, many, end) = points[-2:]
+    growth = math.log(end / start)
+    by_voxels, by_pairs = growth / math.log(last / first), growth / math.log(many / few)
+    row = {"exponent_of_voxels": by_voxels, "exponent_of_pairs": by_pairs}
+    harness.report({"growth": name, "from": first, "to": last, **row})
+
+
 def growth(rounds: int) -> None:
     """Time against voxels and against pairs.
 
-    The first N voxels of a long recording, in the order they were seen: ten times as many are
-    denser as well, with twice the pairs per voxel.
+    Once with the first N voxels of a long recording, in the order they were seen: ten times as many
+    are denser as well, with twice the pairs per voxel. And once with ten batch entries in place of
+    one, which have as many pairs per voxel.
     """
     cloud = scenes.synthetic("nuscenes", sweeps=160)
-    count = cloud.coords.shape[0]
-    sizes = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= count]
+    shape = cloud.spatial_shape
     points = []
-    for size in sizes:
-        part = scenes.Scene(f"part-{size}", cloud.coords[:size], cloud.spatial_shape)
-        points.append((size, *bench(part, None, rounds)))
-    if len(points) > 1:
-        (first, few, start), (last, many, end) = points[-2], points[-1]
-        growth = math.log(end / start)
-        by_voxels, by_pairs = growth / math.log(last / first), growth / math.log(many / few)
-        row = {"exponent_of_voxels": by_voxels, "exponent_of_pairs": by_pairs}
-        harness.report({"from": first, "to": last, **row})
+    for size in (1_000, 10_000, 100_000, 1_000_000):
+        part = scenes.Scene(f"part-{size}", cloud.coords[:size], shape)
+        points.append((part.coords.shape[0], *bench(part, None, rounds)))
+    exponents("denser", points)
+    one = cloud.coords[:100_000]
+    batch = torch.tensor([1, 0, 0, 0], dtype=one.dtype)
+    ten = scenes.Scene("batch-of-10", torch.cat([one + i * batch for i in range(10)]), shape)
+    exponents("batch", [points[-2], (ten.coords.shape[0], *bench(ten, None, rounds))])
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ FQUANT_API int fquant_conv_float(int isa, const float* features, int64_t inputs,
 FQUANT_API int64_t fquant_peak(int isa, int is_float, int64_t rounds, int32_t* sink);
 
 // Kernel maps. coords are (rows, 1 + dims), int64 or int32; geometry arrays have dims entries.
-FQUANT_API int fquant_kernel_neighbors(int is_int64, const void* coords, int64_t inputs,
+FQUANT_API int fquant_kernel_neighbors(int isa, int is_int64, const void* coords, int64_t inputs,
                                        const void* out_coords, int64_t outputs, int dims,
                                        const int64_t* shape, const int64_t* kernel,
                                        const int64_t* stride, const int64_t* padding,

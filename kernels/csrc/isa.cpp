@@ -16,6 +16,7 @@ bool has_avx_vnni() {  // __builtin_cpu_supports knows it from GCC 13 only
 
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          [] {
            unsigned a, b, c, d;
            return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;

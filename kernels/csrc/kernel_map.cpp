@@ -12,6 +12,7 @@
 #endif
 
 #include "fquant_kernels.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace fquant {
@@ -50,7 +51,9 @@ void neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t out
   prefer_huge_pages(table, entries);
   if (inputs == 0 || outputs == 0) {
     std::fill(table, table + entries, -1);
-  } else if (!input_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
+  } else if (!brick_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
+             !brick_input_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
+             !input_neighbors(coords, inputs, out_coords, outputs, g, table, threads) &&
              !output_neighbors(coords, inputs, out_coords, outputs, g, table, threads)) {
     sorted_neighbors(coords, inputs, out_coords, outputs, g, table, threads);
   }
@@ -63,13 +66,13 @@ using namespace fquant;
 
 extern "C" {
 
-int fquant_kernel_neighbors(int is_int64, const void* coords, int64_t inputs,
+int fquant_kernel_neighbors(int isa, int is_int64, const void* coords, int64_t inputs,
                             const void* out_coords, int64_t outputs, int dims,
                             const int64_t* shape, const int64_t* kernel, const int64_t* stride,
                             const int64_t* padding, const int64_t* dilation, int32_t* table,
                             int64_t threads) try {
-  if (dims < 1 || dims > kMaxDims) return FQUANT_BAD_ARGUMENT;
-  const Geometry g{dims, shape, kernel, stride, padding, dilation};
+  if (dims < 1 || dims > kMaxDims || !isa_available(isa)) return FQUANT_BAD_ARGUMENT;
+  const Geometry g{dims, shape, kernel, stride, padding, dilation, isa};
   if (is_int64 != 0) {
     neighbors(static_cast<const int64_t*>(coords), inputs, static_cast<const int64_t*>(out_coords),
               outputs, g, table, threads);

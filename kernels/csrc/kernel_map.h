@@ -1,8 +1,11 @@
-// The two methods of kernel maps, and what they share.
+// The methods of kernel maps, and what they share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+
+#include "coord_range.h"
 
 namespace fquant {
 
@@ -11,6 +14,7 @@ constexpr int kMaxDims = 8;
 struct Geometry {
   int dims;
   const int64_t *shape, *kernel, *stride, *padding, *dilation;
+  int isa;
 
   int64_t taps() const {
     int64_t product = 1;
@@ -29,6 +33,21 @@ struct Geometry {
   }
 };
 
+// Whether no product of two figures overflows, and every input is inside the grid: what rows
+// outside it mean is defined by the sorted method.
+inline bool is_ordinary(const Range& in, const Range& out, const Geometry& g) {
+  constexpr int64_t kMost = int64_t{1} << 40, kFew = int64_t{1} << 20;
+  for (int a = 0; a <= g.dims; ++a) {
+    if (std::min(in.low[a], out.low[a]) < -kMost) return false;
+    if (std::max(in.high[a], out.high[a]) > kMost) return false;
+    if (a == 0) continue;
+    const int s = a - 1;
+    if (std::max({g.kernel[s], g.stride[s], g.padding[s], g.dilation[s]}) > kFew) return false;
+    if (in.low[a] < 0 || in.high[a] >= g.shape[s]) return false;
+  }
+  return true;
+}
+
 template <class T>
 bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs, int dims) {
   return inputs == outputs &&
@@ -36,9 +55,16 @@ bool are_same(const T* coords, int64_t inputs, const T* out_coords, int64_t outp
           std::memcmp(coords, out_coords, inputs * (1 + dims) * sizeof(T)) == 0);
 }
 
-// Each writes the (taps, outputs) table of at least one input and one output. The two methods of
-// bits look up what every input or every output meets; they return false, with nothing of the table
-// promised, where the grid does not suit them or the other one has less to look up.
+// Each writes the (taps, outputs) table of at least one input and one output. All but the last look
+// up what every input or every output meets, those of bricks for the kernels that are most common;
+// they return false, with nothing of the table promised, where grid or kernel does not suit them or
+// the next one has less to look up.
+template <class T>
+bool brick_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                     const Geometry& g, int32_t* table, int64_t threads);
+template <class T>
+bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
+                           const Geometry& g, int32_t* table, int64_t threads);
 template <class T>
 bool input_neighbors(const T* coords, int64_t inputs, const T* out_coords, int64_t outputs,
                      const Geometry& g, int32_t* table, int64_t threads);

@@ -1,4 +1,5 @@
-// Kernel maps without sorting, by looking up which outputs read every input.
+// Kernel maps without sorting, by looking up which outputs read every input: for kernels more than
+// twice as long as strides and for grids too sparse for bricks.
 //
 // With strides few offsets lead from an input to an output, the same ones for all inputs of one
 // residue, and nearly all of those outputs are there: far fewer look-ups than every output's reads.

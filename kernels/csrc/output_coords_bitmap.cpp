@@ -5,13 +5,14 @@
 // What each input position reaches is found once per axis.
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
 
 #include "bits.h"
+#include "coord_range.h"
 #include "output_coords.h"
 
 namespace fquant {
@@ -26,26 +27,27 @@ struct AxisReach {
 };
 
 AxisReach axis_reach(const Reach& r, int axis, int64_t first, int64_t extent) {
-  std::vector<std::vector<int64_t>> lists(extent);
   AxisReach reach;
+  std::vector<int64_t> all, end;  // the outputs of one position after the other
   int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
   for (int64_t i = 0; i < extent; ++i) {
+    const int64_t before = static_cast<int64_t>(all.size());
     for (int64_t k = r.kernel[axis] - 1; k >= 0; --k) {
       int64_t o;
-      if (r.output(axis, first + i, k, &o)) lists[i].push_back(o);
+      if (!r.output(axis, first + i, k, &o)) continue;
+      all.push_back(o);
+      low = std::min(low, o);
+      high = std::max(high, o);
     }
-    if (lists[i].empty()) continue;
-    low = std::min(low, *std::min_element(lists[i].begin(), lists[i].end()));
-    high = std::max(high, *std::max_element(lists[i].begin(), lists[i].end()));
-    reach.width = std::max<int64_t>(reach.width, lists[i].size());
+    end.push_back(static_cast<int64_t>(all.size()));
+    reach.width = std::max(reach.width, end.back() - before);
   }
   reach.low = reach.width == 0 ? 0 : low;
   reach.size = reach.width == 0 ? 0 : high - low + 1;
   reach.outputs.resize(extent * reach.width, -1);
-  for (int64_t i = 0; i < extent; ++i) {
-    for (int64_t n = 0; n < reach.width && !lists[i].empty(); ++n) {
-      const size_t at = std::min<size_t>(n, lists[i].size() - 1);
-      reach.outputs[i * reach.width + n] = lists[i][at] - low;
+  for (int64_t i = 0, begin = 0; i < extent; begin = end[i++]) {
+    for (int64_t n = 0; n < reach.width && begin < end[i]; ++n) {
+      reach.outputs[i * reach.width + n] = all[std::min(begin + n, end[i] - 1)] - low;
     }
   }
   return reach;
@@ -88,23 +90,35 @@ struct Point {
   int32_t y, x;
 };
 
-// The bitmap of a slab, and one bit per word of it that may have bits.
+// The bitmap of a slab, and a byte per word of it that may have bits and per 64 of those: setting a
+// byte does not wait for the one set before, as setting a bit of the same word would.
 class Slab {
  public:
   Slab(int64_t rows, int64_t words) : rows_(rows), words_(words) {
     bits_.resize((rows + 1) * words);  // one row that is not an output's, for marks of no output
-    top_.resize((bits_.size() + 63) / 64);
+    some_.resize((bits_.size() + 63) / 64);
+    word_.resize(some_.size() * 64);
   }
 
   void mark(const Point* points, int64_t count, const AxisReach& y, const Marks& marks) {
+    // Locals, because bytes that are stored might be anything else.
+    uint64_t* const bits = bits_.data();
+    uint8_t *const word = word_.data(), *const some = some_.data();
+    const int64_t *const outputs = y.outputs.data(), width = y.width, none = rows_, words = words_;
+    const Mark *const firsts = marks.first.data(), *const others = marks.others.data();
+    const int64_t* const ends = marks.end.data();
+    const auto set = [=](int64_t row, const Mark& mark) {
+      const int64_t at = row + mark.word;
+      bits[at] |= mark.bits;
+      word[at] = some[at >> 6] = 1;
+    };
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t x = points[n].x;
-      const int64_t begin = x == 0 ? 0 : marks.end[x - 1], end = marks.end[x];
-      for (int64_t j = 0; j < y.width; ++j) {
-        const int64_t o = y.outputs[points[n].y * y.width + j];
-        const int64_t row = (o < 0 ? rows_ : o) * words_;
-        set(row, marks.first[x]);
-        for (int64_t k = begin; k < end; ++k) set(row, marks.others[k]);
+      const int64_t x = points[n].x, begin = x == 0 ? 0 : ends[x - 1], end = ends[x];
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t o = outputs[points[n].y * width + j];
+        const int64_t row = (o < 0 ? none : o) * words;
+        set(row, firsts[x]);
+        for (int64_t k = begin; k < end; ++k) set(row, others[k]);
       }
     }
   }
@@ -112,9 +126,17 @@ class Slab {
   // Appends the marked words, whose lines start at `line`, and clears them.
   void take(int64_t line, OutputWords* out) {
     int64_t row = 0;  // of the word at hand: words rise
-    for (size_t t = 0; t < top_.size(); ++t) {
-      for (uint64_t top = std::exchange(top_[t], 0); top != 0; top &= top - 1) {
-        const int64_t word = static_cast<int64_t>(t) * 64 + __builtin_ctzll(top);
+    for (size_t t = 0; t < word_.size(); t += 8) {
+      if (t % 64 == 0 && std::exchange(some_[t / 64], 0) == 0) {
+        t += 56;
+        continue;
+      }
+      uint64_t marked;  // eight bytes of 0 or 1
+      std::memcpy(&marked, &word_[t], sizeof(marked));
+      if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) marked = __builtin_bswap64(marked);
+      std::memset(&word_[t], 0, sizeof(marked));
+      for (; marked != 0; marked &= marked - 1) {
+        const int64_t word = static_cast<int64_t>(t) + __builtin_ctzll(marked) / 8;
         const uint64_t bits = std::exchange(bits_[word], 0);
         if (word >= rows_ * words_) break;
         if (bits == 0) continue;
@@ -126,13 +148,9 @@ class Slab {
   }
 
  private:
-  void set(int64_t row, const Mark& mark) {
-    bits_[row + mark.word] |= mark.bits;
-    top_[(row + mark.word) >> 6] |= uint64_t{1} << ((row + mark.word) & 63);
-  }
-
   int64_t rows_, words_;
-  std::vector<uint64_t> bits_, top_;
+  std::vector<uint64_t> bits_;
+  std::vector<uint8_t> word_, some_;
 };
 
 }  // namespace
@@ -145,16 +163,13 @@ bool bitmap_outputs(const T* coords, int64_t count, const int64_t* shape, const 
   const int64_t most = 4 * count + 65536;  // of anything that is made for the whole box
   std::vector<int64_t> low(axes), size(axes);
   std::vector<AxisReach> reach(axes);
+  const Range range = range_of(coords, count, axes);
   for (int a = 0; a < axes; ++a) {
-    T least = coords[a], greatest = coords[a];
-    for (int64_t i = 1; i < count; ++i) {
-      least = std::min(least, coords[i * axes + a]);
-      greatest = std::max(greatest, coords[i * axes + a]);
-    }
+    const int64_t least = range.low[a], greatest = range.high[a];
     constexpr int64_t kMost = int64_t{1} << 40;  // no product of two figures overflows
     if (least < -kMost || greatest > kMost) return false;
     low[a] = least;
-    size[a] = int64_t{greatest} - least + 1;
+    size[a] = greatest - least + 1;
     if (size[a] > most) return false;
     if (a == 0) continue;
     constexpr int64_t kFew = int64_t{1} << 20;

@@ -15,11 +15,11 @@
 #include <vector>
 
 #include "bits.h"
+#include "coord_range.h"
 #include "kernel_map.h"
 
 namespace fquant {
 
-constexpr int kAxes = kMaxDims + 1;  // the batch is the first axis
 constexpr int64_t kGrain = 2048;     // outputs whose windows are found before any is looked up
 constexpr size_t kMostShared = 16;   // cells of one place, or the grid is left to sorting
 constexpr int64_t kWindow = 57;      // bits that `bits_from` gives for sure
@@ -37,25 +37,6 @@ struct Frame {
   uint32_t place[kAxes];   // strides of places, modulo 2^32
   uint32_t line[kAxes];    // strides of lines: the row-major index over all axes but the last
 };
-
-struct Range {
-  int64_t low[kAxes], high[kAxes];
-};
-
-template <class T>
-Range range_of(const T* coords, int64_t count, int axes) {
-  Range range;
-  for (int a = 0; a < axes; ++a) {
-    T low = coords[a], high = coords[a];
-    for (int64_t i = 1; i < count; ++i) {
-      low = std::min(low, coords[i * axes + a]);
-      high = std::max(high, coords[i * axes + a]);
-    }
-    range.low[a] = low;
-    range.high[a] = high;
-  }
-  return range;
-}
 
 // False where there is no frame: a last axis of more than 4096 cells per voxel, 2^32 lines, or a
 // processor that does not read windows of bits as `bits_from` does.
@@ -91,21 +72,6 @@ inline bool make_frame(const Range& voxels, const Range& wanted, int64_t count, 
     frame->line[a] = is_last ? 0 : line;
     place *= static_cast<uint32_t>(extent[a]);
     if (!is_last) line *= static_cast<uint32_t>(extent[a]);
-  }
-  return true;
-}
-
-// Whether no product of two figures overflows, and every input is inside the grid: what rows
-// outside it mean is defined by the sorted method.
-inline bool is_ordinary(const Range& in, const Range& out, const Geometry& g) {
-  constexpr int64_t kMost = int64_t{1} << 40, kFew = int64_t{1} << 20;
-  for (int a = 0; a <= g.dims; ++a) {
-    if (std::min(in.low[a], out.low[a]) < -kMost) return false;
-    if (std::max(in.high[a], out.high[a]) > kMost) return false;
-    if (a == 0) continue;
-    const int s = a - 1;
-    if (std::max({g.kernel[s], g.stride[s], g.padding[s], g.dilation[s]}) > kFew) return false;
-    if (in.low[a] < 0 || in.high[a] >= g.shape[s]) return false;
   }
   return true;
 }

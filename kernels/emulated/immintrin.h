@@ -23,3 +23,9 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {  // to nearest, the one mode in 
   return simde_mm256_set_m128i(simde_mm256_cvtps_ph(halves.m256[1], 0),
                                simde_mm256_cvtps_ph(halves.m256[0], 0));
 }
+
+inline __m512i _mm512_cvtepu8_epi16(__m256i a) {
+  const __m256i low = simde_mm256_cvtepu8_epi16(simde_mm256_castsi256_si128(a));
+  const __m256i high = simde_mm256_cvtepu8_epi16(simde_mm256_extracti128_si256(a, 1));
+  return simde_mm512_inserti64x4(simde_mm512_castsi256_si512(low), high, 1);
+}

@@ -39,7 +39,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fquant_conv_float": (c_int, [c_int, _P, _N, _N, _P, _N, _P, _N, _N, _P, _P, _N]),
     "fquant_kernel_neighbors": (
         c_int,
-        [c_int, _P, _N, _P, _N, c_int, _P, _P, _P, _P, _P, _P, _N],
+        [c_int, c_int, _P, _N, _P, _N, c_int, _P, _P, _P, _P, _P, _P, _N],
     ),
     "fquant_transpose_neighbors": (c_int, [_P, _N, _N, _N, _P, _N]),
     "fquant_output_keys": (

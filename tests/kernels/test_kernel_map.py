@@ -33,6 +33,17 @@ class MapCase(NamedTuple):
         return tuple(self[1:])
 
 
+def kernel_neighbors(coords: Tensor, out_coords: Tensor, *geometry: list[int]) -> Tensor:
+    """The table of `cpu.kernel_neighbors`, the same one on every instruction set there is."""
+    tables = [
+        cpu.kernel_neighbors(coords, out_coords, *geometry, isa=isa)
+        for isa in native.available_isas()
+    ]
+    for table in tables[1:]:
+        assert torch.equal(table, tables[0])
+    return tables[0]
+
+
 def lists(axes: int, least: int, most: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(least, most), min_size=axes, max_size=axes)
 
@@ -55,6 +66,27 @@ def map_cases(draw: st.DrawFn) -> MapCase:
         draw(lists(axes, 1, 3)),
         draw(lists(axes, 0, 4)),
         draw(lists(axes, 1, 3)),
+    )
+
+
+@st.composite
+def brick_cases(draw: st.DrawFn) -> MapCase:
+    """Grids of several bricks of 8 cells and the kernels that are looked up in bricks."""
+    axes = draw(st.integers(1, 3))
+    shape = draw(lists(axes, 1, 20))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    density = draw(st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+    cells = torch.rand([draw(st.integers(1, 2)), *shape], generator=random)
+    coords = (cells < density).nonzero()
+    coords = coords[torch.randperm(coords.shape[0], generator=random)]
+    stride = draw(lists(axes, 1, 4))
+    return MapCase(
+        coords.to(draw(st.sampled_from([torch.int32, torch.int64]))),
+        shape,
+        [draw(st.integers(1, max(3, 2 * step))) for step in stride],
+        stride,
+        draw(lists(axes, 0, 4)),
+        draw(st.sampled_from([[1] * axes, [2] * axes])),
     )
 
 
@@ -105,7 +137,7 @@ def test_outputs_are_the_windows_that_hold_an_active_voxel(case: MapCase) -> Non
 
 @needs_library
 @SETTINGS
-@given(case=map_cases(), threads=st.sampled_from([1, 2]), data=st.data())
+@given(case=st.one_of(map_cases(), brick_cases()), threads=st.sampled_from([1, 2]), data=st.data())
 def test_tables_and_outputs_are_those_of_the_reference(
     case: MapCase, threads: int, data: st.DataObject
 ) -> None:
@@ -119,7 +151,7 @@ def test_tables_and_outputs_are_those_of_the_reference(
             axis, most = data.draw(st.integers(1, len(case.stride))), data.draw(st.integers(0, 6))
             want = want[want[:, axis] <= most]  # inputs may reach beyond the outputs given
         table = reference.kernel_neighbors(case.coords, want, *case.geometry)
-        assert torch.equal(cpu.kernel_neighbors(case.coords, want, *case.geometry), table)
+        assert torch.equal(kernel_neighbors(case.coords, want, *case.geometry), table)
         back = reference.transpose_neighbors(table, case.coords.shape[0])
         assert torch.equal(cpu.transpose_neighbors(table, case.coords.shape[0]), back)
     finally:
@@ -128,7 +160,7 @@ def test_tables_and_outputs_are_those_of_the_reference(
 
 @needs_library
 @SETTINGS
-@given(case=map_cases(), data=st.data())
+@given(case=st.one_of(map_cases(), brick_cases()), data=st.data())
 def test_submanifold_and_transposed_maps_are_those_of_the_reference(
     case: MapCase, data: st.DataObject
 ) -> None:
@@ -136,7 +168,7 @@ def test_submanifold_and_transposed_maps_are_those_of_the_reference(
     padding = [k // 2 * d for k, d in zip(odd, case.dilation, strict=True)]
     ones = [1] * len(odd)
     geometry = (case.spatial_shape, odd, ones, padding, case.dilation)
-    table = cpu.kernel_neighbors(case.coords, case.coords, *geometry)
+    table = kernel_neighbors(case.coords, case.coords, *geometry)
     assert torch.equal(table, reference.kernel_neighbors(case.coords, case.coords, *geometry))
     extra = data.draw(lists(len(odd), 0, 2))
     assert torch.equal(
@@ -170,9 +202,9 @@ def test_many_voxels_in_chunks_and_threads(sorted_rows: bool) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
+            assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
             copy = coords.clone()[:-1]  # other outputs than inputs: no symmetry to use
-            assert torch.equal(cpu.kernel_neighbors(coords, copy, *geometry), want[:, :-1])
+            assert torch.equal(kernel_neighbors(coords, copy, *geometry), want[:, :-1])
     finally:
         torch.set_num_threads(before)
 
@@ -184,13 +216,13 @@ def test_grids_of_more_than_2_to_the_31_cells() -> None:
     geometry = (shape, [3] * 3, [1] * 3, [1] * 3, [1] * 3)
     want = reference.kernel_neighbors(coords, coords, *geometry)
     for dtype in (torch.int32, torch.int64):
-        table = cpu.kernel_neighbors(coords.to(dtype), coords.to(dtype), *geometry)
+        table = kernel_neighbors(coords.to(dtype), coords.to(dtype), *geometry)
         assert torch.equal(table, want)
     huge = [2**20, 2**20, 2**20]  # keys and row numbers no longer share a word
     geometry = (huge, *geometry[1:])
     coords = torch.tensor([[1, 2**20 - 1, 7, 2**20 - 1], [0, 5, 5, 5], [0, 5, 5, 4]])
     want = reference.kernel_neighbors(coords, coords, *geometry)
-    assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
+    assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
     assert torch.equal(
         cpu.conv_output_coords(coords, *geometry), reference.conv_output_coords(coords, *geometry)
     )
@@ -240,17 +272,17 @@ def test_sparse_grids_are_those_of_the_reference(case: MapCase, data: st.DataObj
     if data.draw(st.booleans()):  # outputs need not be in the grid, nor differ
         out_coords = out_coords + torch.randint(-4, 5, out_coords.shape, dtype=out_coords.dtype)
     table = reference.kernel_neighbors(case.coords, out_coords, *case.geometry)
-    assert torch.equal(cpu.kernel_neighbors(case.coords, out_coords, *case.geometry), table)
+    assert torch.equal(kernel_neighbors(case.coords, out_coords, *case.geometry), table)
     odd = [2 * (size // 2) + 1 for size in case.kernel_size]
     padding = [k // 2 * d for k, d in zip(odd, case.dilation, strict=True)]
     geometry = (case.spatial_shape, odd, [1] * len(odd), padding, case.dilation)
     table = reference.kernel_neighbors(case.coords, case.coords, *geometry)
-    assert torch.equal(cpu.kernel_neighbors(case.coords, case.coords, *geometry), table)
+    assert torch.equal(kernel_neighbors(case.coords, case.coords, *geometry), table)
 
 
 @needs_library
 @SETTINGS
-@given(case=st.one_of(map_cases(), spread_cases()), seed=st.integers(0, 2**32))
+@given(case=st.one_of(map_cases(), brick_cases(), spread_cases()), seed=st.integers(0, 2**32))
 def test_of_equal_rows_the_first_counts(case: MapCase, seed: int) -> None:
     count = case.coords.shape[0]
     if count == 0:
@@ -266,7 +298,7 @@ def test_of_equal_rows_the_first_counts(case: MapCase, seed: int) -> None:
     for outputs in (out_coords, repeated):
         table = reference.kernel_neighbors(repeated[once], outputs, *case.geometry)
         want = torch.where(table < 0, -1, once[table.long()]).to(torch.int32)
-        assert torch.equal(cpu.kernel_neighbors(repeated, outputs, *case.geometry), want)
+        assert torch.equal(kernel_neighbors(repeated, outputs, *case.geometry), want)
 
 
 @needs_library
@@ -279,8 +311,8 @@ def test_many_cells_of_one_place(count: int) -> None:
     coords = coords[torch.randperm(2 * count, generator=torch.Generator().manual_seed(1))]
     geometry = ([2**13 * count, 40], [3, 3], [1, 1], [1, 1], [1, 1])
     want = reference.kernel_neighbors(coords, coords, *geometry)
-    assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
-    assert torch.equal(cpu.kernel_neighbors(coords, coords[:5], *geometry), want[:, :5])
+    assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
+    assert torch.equal(kernel_neighbors(coords, coords[:5], *geometry), want[:, :5])
 
 
 @needs_library
@@ -292,11 +324,11 @@ def test_both_ends_of_the_last_axis(side: int, dilation: int) -> None:
     for kernel in (3, 5, 129):
         geometry = ([3, side], [3, kernel], [1, 1], [1, kernel // 2 * dilation], [1, dilation])
         want = reference.kernel_neighbors(coords, coords, *geometry)
-        assert torch.equal(cpu.kernel_neighbors(coords, coords, *geometry), want)
+        assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
         out_coords = reference.conv_output_coords(coords, *geometry)
         assert torch.equal(cpu.conv_output_coords(coords, *geometry), out_coords)
         want = reference.kernel_neighbors(coords, out_coords, *geometry)
-        assert torch.equal(cpu.kernel_neighbors(coords, out_coords, *geometry), want)
+        assert torch.equal(kernel_neighbors(coords, out_coords, *geometry), want)
 
 
 @needs_library
@@ -314,7 +346,7 @@ def test_inputs_at_both_ends_of_a_grid_reach_beyond_its_outputs(
     outputs = reference.conv_output_coords(coords, *geometry)
     for some in (outputs, outputs[outputs[:, 1] <= 1], outputs[outputs[:, 1] >= 2]):
         table = reference.kernel_neighbors(coords, some, *geometry)
-        assert torch.equal(cpu.kernel_neighbors(coords, some, *geometry), table)
+        assert torch.equal(kernel_neighbors(coords, some, *geometry), table)
 
 
 @needs_library
@@ -329,11 +361,11 @@ def test_repeated_or_outside_rows_stay_in_bounds(case: MapCase, data: st.DataObj
         coords = coords + torch.randint(-3, 4, coords.shape, dtype=coords.dtype)
     count = coords.shape[0]
     for out_coords in (coords, cpu.conv_output_coords(coords, *case.geometry)):
-        table = cpu.kernel_neighbors(coords, out_coords, *case.geometry)
+        table = kernel_neighbors(coords, out_coords, *case.geometry)
         assert int(table.min() if table.numel() else -1) >= -1
         assert int(table.max() if table.numel() else -1) < count
     ones = [1] * len(case.spatial_shape)
-    table = cpu.kernel_neighbors(
+    table = kernel_neighbors(
         coords, coords, case.spatial_shape, ones, ones, [0] * len(ones), ones
     )
     assert int(table.min()) >= -1

@@ -1,4 +1,4 @@
-"""The CPU path of kernel maps, compiled: bitmaps with ranks, sorted keys where grids are vast."""
+"""The CPU path of kernel maps, compiled: bricks and bitmaps, sorted keys where grids are vast."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,8 +22,9 @@ def kernel_neighbors(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    isa: str | None = None,
 ) -> Tensor:
-    """Returns the table of `reference.kernel_neighbors`, entry for entry."""
+    """Returns the table of `reference.kernel_neighbors`, entry for entry, on every `isa`."""
     coords = coords.contiguous()
     out_coords = out_coords.to(coords.dtype).contiguous()
     num_taps = 1
@@ -31,6 +32,7 @@ def kernel_neighbors(
         num_taps *= size
     table = torch.empty((num_taps, out_coords.shape[0]), dtype=torch.int32)
     status = native.library().fquant_kernel_neighbors(
+        native.choose_isa(isa),
         coords.dtype == torch.int64,
         coords.data_ptr(),
         coords.shape[0],
