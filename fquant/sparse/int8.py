@@ -1,5 +1,7 @@
 """int8 sparse convolution on records, over `fquant_kernels.sparse_conv_int8`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,8 +88,8 @@ def sparse_conv_int8(
         added, added_scale = other.q, other.scale.reshape(())
         if output_scale is not None:
             added_scale = added_scale / output_scale
-    arguments = (features.q, weight.q.flatten(1, -2), kernel_map.neighbors)
-    epilogue = (
+    q, table = weight.q.flatten(1, -2), kernel_map.neighbors
+    epilogue: tuple[Any, ...] = (
         step.expand(num_outputs),
         offset,
         added,
@@ -96,10 +98,10 @@ def sparse_conv_int8(
         torch.float32 if output_scale is None else torch.int8,
     )
     if kernel_map.pairs is None:
-        y = fquant_kernels.sparse_conv_int8(*arguments, *epilogue)
+        y = fquant_kernels.sparse_conv_int8(features.q, q, table, *epilogue)
     else:
         pairs = fquant_kernels.PairRulebook(*kernel_map.pairs)
-        y = fquant_kernels.sparse_conv_int8_pairs(*arguments, pairs, *epilogue)
+        y = fquant_kernels.sparse_conv_int8_pairs(features.q, q, table, pairs, *epilogue)
     if output_scale is None:
         return outputs(kernel_map, y)
     return outputs(kernel_map, QTensor(y, output_scale, spec=INT8, dtype=features.dtype))

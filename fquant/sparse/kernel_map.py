@@ -256,8 +256,8 @@ def with_pairs(kernel_map: KernelMap) -> KernelMap:
         (tensor([0, 0, 1, 1], dtype=torch.int32), tensor([1, 0, 1, 0], dtype=torch.uint8))
     """
     m = kernel_map
-    pairs = fquant_kernels.pair_rulebook(m.neighbors, m.in_coords.shape[0])
-    return dataclasses.replace(m, pairs=tuple(pairs))
+    splits, inputs, rows = fquant_kernels.pair_rulebook(m.neighbors, m.in_coords.shape[0])
+    return dataclasses.replace(m, pairs=(splits, inputs, rows))
 
 
 def build_map(cells: Cells, geometry: Geometry) -> KernelMap:

@@ -87,9 +87,7 @@ def geometries(layers: Sequence[Layer]) -> dict[str, MapRecipe]:
     return found
 
 
-def make_maps(
-    layers: Sequence[Layer], x: SparseTensor | KernelMap, *, pairs: bool = False
-) -> Maps:
+def make_maps(layers: Sequence[Layer], x: SparseTensor | KernelMap, *, pairs: bool = False) -> Maps:
     """Returns every kernel map of a network, `{key: map}`: what is called its rulebook.
 
     They depend on the cells of x alone. Layers of the same geometry share one.

@@ -365,9 +365,7 @@ def test_repeated_or_outside_rows_stay_in_bounds(case: MapCase, data: st.DataObj
         assert int(table.min() if table.numel() else -1) >= -1
         assert int(table.max() if table.numel() else -1) < count
     ones = [1] * len(case.spatial_shape)
-    table = kernel_neighbors(
-        coords, coords, case.spatial_shape, ones, ones, [0] * len(ones), ones
-    )
+    table = kernel_neighbors(coords, coords, case.spatial_shape, ones, ones, [0] * len(ones), ones)
     assert int(table.min()) >= -1
     assert int(table.max()) < count
 

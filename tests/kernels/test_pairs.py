@@ -20,7 +20,8 @@ needs_library = pytest.mark.skipif(
 
 def assert_same(got: PairRulebook, want: PairRulebook) -> None:
     for name, have, expected in zip(PairRulebook._fields, got, want, strict=True):
-        assert have.dtype == expected.dtype and torch.equal(have, expected), name
+        assert have.dtype == expected.dtype, name
+        assert torch.equal(have, expected), name
 
 
 @each_isa

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fquant as fq
-from fquant.sparse import SparseTensor, conv_map, sparse_conv, sparse_conv_int8, subm_map, with_pairs
+from fquant.sparse import (
+    SparseTensor,
+    conv_map,
+    sparse_conv,
+    sparse_conv_int8,
+    subm_map,
+    with_pairs,
+)
 from fquant.testing import strategies
 
 WEIGHTS = fq.QuantSpec(narrow_range=True, axis=0)

@@ -44,6 +44,7 @@ def sparse_conv_int8(
     residual_scale: Tensor | None = None,
     relu: bool = False,
     out_dtype: torch.dtype | None = None,
+    *,
     isa: str | None = None,
     pairs: PairRulebook | None = None,
 ) -> Tensor:

@@ -4,6 +4,8 @@
 third of its time. Layers that share a map can do it once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,10 @@ def check_args(
     splits: Tensor,
     inputs: Tensor,
     rows: Tensor,
-    *epilogue: object,
+    *epilogue: Any,
 ) -> None:
     """Checks dtypes, shapes and devices; reads no values."""
-    op.check_args(features, weight, neighbors, *epilogue)  # type: ignore[arg-type]  # op's schema
+    op.check_args(features, weight, neighbors, *epilogue)
     num_taps, num_outputs = neighbors.shape
     num_splits = num_blocks(num_outputs) * num_taps + 1
     require_tensor(_NAME, "splits", splits, torch.int64, (num_splits,), features)
@@ -42,10 +44,10 @@ def by_table(
     splits: Tensor,
     inputs: Tensor,
     rows: Tensor,
-    *epilogue: object,
+    *epilogue: Any,
 ) -> Tensor:
     """Returns the convolution by the table that the pairs were listed from: the definition."""
-    return op.sparse_conv_int8(features, weight, neighbors, *epilogue)  # type: ignore[arg-type]
+    return op.sparse_conv_int8(features, weight, neighbors, *epilogue)
 
 
 def fake(
@@ -55,10 +57,10 @@ def fake(
     splits: Tensor,
     inputs: Tensor,
     rows: Tensor,
-    *epilogue: object,
+    *epilogue: Any,
 ) -> Tensor:
     """Returns an empty result."""
-    return op.fake(features, weight, neighbors, *epilogue)  # type: ignore[arg-type]
+    return op.fake(features, weight, neighbors, *epilogue)
 
 
 def by_pairs(
@@ -68,19 +70,12 @@ def by_pairs(
     splits: Tensor,
     inputs: Tensor,
     rows: Tensor,
-    *epilogue: object,
+    *epilogue: Any,
     isa: str | None = None,
 ) -> Tensor:
     """Returns the same on a CPU, without reading the table."""
     pairs = PairRulebook(splits, inputs, rows)
-    return cpu.sparse_conv_int8(
-        features,
-        weight,
-        neighbors,
-        *epilogue,  # type: ignore[arg-type]
-        isa=isa,
-        pairs=pairs,
-    )
+    return cpu.sparse_conv_int8(features, weight, neighbors, *epilogue, isa=isa, pairs=pairs)
 
 
 _op = define_inference_op(
