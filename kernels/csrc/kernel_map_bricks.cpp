@@ -17,6 +17,8 @@
 namespace fquant {
 namespace {
 
+constexpr int64_t kRowsAtOnce = 4096;  // cleared: 16 kB of each row of the table
+
 // Which rows of the table the offsets before the middle one and their opposites have.
 void choose_rows(const Geometry& g, int32_t* table, BrickMap* m) {
   const int64_t taps = g.taps();
@@ -59,14 +61,35 @@ bool brick_neighbors(const T* coords, int64_t count, const T* out_coords, int64_
   const int64_t taps = g.taps();
   BrickMap& m = voxels.map;
   choose_rows(g, table, &m);
-  parallel_for(taps, threads, [&](int64_t, int64_t k) {
+  const auto clear = [&](int64_t k, int64_t begin, int64_t end) {
     int32_t* to = table + k * count;
-    if (k != taps / 2) std::fill(to, to + count, -1);
-    for (int64_t i = 0; k == taps / 2 && i < count; ++i) to[i] = static_cast<int32_t>(i);
-  });
+    if (k != taps / 2) std::fill(to + begin, to + end, -1);
+    for (int64_t i = begin; k == taps / 2 && i < end; ++i) to[i] = static_cast<int32_t>(i);
+  };
+  // A brick's voxels meet those of bricks before it, or its own. So with one thread rows are cleared
+  // as far as the next bricks need it: where batches, or sorted voxels, come one after the other, what
+  // is cleared is still in cache when it is written. A million voxels in ten scans, in memory that has
+  // its pages: 22.8 ms in place of 26.3 (Zen 5).
   const int64_t part = 512, parts = (m.bricks + part - 1) / part;
+  int64_t cleared = 0;
+  if (threads > 1) {
+    parallel_for(taps, threads, [&](int64_t, int64_t k) { clear(k, 0, count); });
+    cleared = count;
+  }
   parallel_for(parts, threads, [&](int64_t, int64_t task) {
-    voxels.path.write(m, task * part, std::min((task + 1) * part, m.bricks));
+    const int64_t first = task * part, last = std::min(first + part, m.bricks);
+    if (cleared < count) {
+      int64_t until = cleared;
+      for (int32_t s = m.start[first * 8]; s < m.start[last * 8]; ++s) {
+        until = std::max<int64_t>(until, m.slots[s].row + 1);
+      }
+      if (until > cleared) {
+        until = std::min(count, std::max(until, cleared + kRowsAtOnce));
+        for (int64_t k = 0; k < taps; ++k) clear(k, cleared, until);
+        cleared = until;
+      }
+    }
+    voxels.path.write(m, first, last);
   });
   return true;
 }
