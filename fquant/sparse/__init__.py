@@ -64,6 +64,6 @@ __all__ = [
     "transposed_conv_map",
     "union_maps",
     "valid_count",
-    "without_padding",
     "with_pairs",
+    "without_padding",
 ]
