@@ -1,9 +1,9 @@
 """How fast are kernel maps on CPU, against spconv's, and how do they grow with the voxels?
 
-Run by `python -m benches kernel_map [--quick]`. Voxels are unsorted, as a sensor gives them. The table of
-a million voxels has 108 MB, and a system that maps and clears it anew for every call takes a quarter of
-the time for that; `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184` in the environment keeps
-memory, as the allocators that training runs use do.
+Run by `python -m benches kernel_map [--quick]`. Voxels are unsorted, as a sensor gives them. The table
+of a million voxels has 108 MB, and a system that maps and clears it anew for every call takes a
+quarter of the time for that; `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184` in the
+environment keeps memory, as the allocators that training runs use do.
 """
 
 import argparse

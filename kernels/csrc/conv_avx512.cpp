@@ -1,4 +1,5 @@
-// AVX-512 path: vpdpbusd of unsigned weights (w + 128) and signed inputs, exact in wrapping int32.
+// AVX-512 path: vpdpbusd, of unsigned by signed bytes, exact in wrapping int32. Inputs that are not
+// negative are the unsigned side; others are the signed one, and weights are then w + 128.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in the header itself, as GCC 12 has it
 #include <immintrin.h>

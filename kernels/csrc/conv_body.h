@@ -4,10 +4,11 @@
 // or inline function of the standard library: the linker keeps one copy of those, and it could be
 // the copy compiled for AVX-512.
 //
-// Traits: Elem (feature), Weight, Acc, V, kLanes, kGroup, kTileVectors, kUnsigned (weights are
-// w + 128), kSegments (weights are in segments), kStage (rows must be widened, and are read where
-// they are staged), kFinishLanes (channels that finish takes at most), rows(vectors) = rows of a
-// micro tile, load, store, load_weight, broadcast, dot, stage_row, finish.
+// Traits: Elem (feature), Weight, Acc, V, kLanes, kGroup, kTileVectors, kFewWeights (vectors of
+// weights that fit in registers beside sums), kUnsigned (weights are taken as w + 128), kSegments
+// (weights are in segments), kStage (rows must be widened, and are read where they are staged),
+// kFinishLanes (channels that finish takes at most), rows(vectors) = rows of a micro tile, load,
+// store, load_weight, broadcast, dot, stage_row, finish.
 
 template <class T>
 struct Scratch {

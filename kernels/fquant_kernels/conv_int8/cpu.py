@@ -14,10 +14,11 @@ _OUT_TYPES = {torch.int8: 0, torch.float16: 1, torch.float32: 2}
 def pack_weight(weight: Tensor, isa: str | None = None) -> Tensor:
     """Returns the weights in the order one instruction set reads them, 1-d uint8.
 
-    For the vpdpbusd paths each weight is stored as `w + 128`, unsigned, because that instruction
-    multiplies unsigned by signed bytes and the signed side is the activations; the kernel takes
-    `128 * sum(inputs)` off again. For AVX2 they are there twice, as int16 for inputs of both signs and
-    as bytes for inputs of which none is negative. Channels are padded with zeros to whole vectors.
+    vpdpbusd multiplies unsigned by signed bytes. Inputs of which none is negative are its unsigned
+    side; others are its signed one, and the kernel then takes weights as `w + 128` and takes
+    `128 * sum(inputs)` off again. For AVX2 the weights are there twice, as int16 for inputs of both
+    signs and as bytes for inputs of which none is negative. Channels are padded with zeros to whole
+    vectors.
 
     Args:
         weight: `(Cout, K, Cin)` int8.

@@ -37,30 +37,18 @@ def check_args(
     require_tensor(_NAME, "rows", rows, torch.uint8, (inputs.shape[0],), features)
 
 
-def by_table(
-    features: Tensor,
-    weight: Tensor,
-    neighbors: Tensor,
-    splits: Tensor,
-    inputs: Tensor,
-    rows: Tensor,
-    *epilogue: Any,
-) -> Tensor:
+def _without_lists(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*arguments[:3], *arguments[6:])
+
+
+def by_table(*arguments: Any) -> Tensor:
     """Returns the convolution by the table that the pairs were listed from: the definition."""
-    return op.sparse_conv_int8(features, weight, neighbors, *epilogue)
+    return op.sparse_conv_int8(*_without_lists(arguments))
 
 
-def fake(
-    features: Tensor,
-    weight: Tensor,
-    neighbors: Tensor,
-    splits: Tensor,
-    inputs: Tensor,
-    rows: Tensor,
-    *epilogue: Any,
-) -> Tensor:
+def fake(*arguments: Any) -> Tensor:
     """Returns an empty result."""
-    return op.fake(features, weight, neighbors, *epilogue)
+    return op.fake(*_without_lists(arguments))
 
 
 def by_pairs(
