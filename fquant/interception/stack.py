@@ -104,7 +104,7 @@ def opaque(function: Function) -> Function:
             return function(*args, **kwargs)
         return unseen(functools.partial(function, **kwargs), *args)
 
-    return call  # type: ignore[return-value]
+    return call  # type: ignore[return-value]  # takes and returns what function does
 
 
 def operands_of(op: Op) -> Any:
