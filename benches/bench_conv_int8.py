@@ -4,7 +4,8 @@ Run by `python -m benches conv_int8 [--quick]`. Voxels are sorted by key, as `co
 gives them, and the pairs of the map are listed, as spconv's are (`pairs_ms`: how long that takes);
 `table`, `uniform` and `signed` read the table of the map. The int8 time has the packing of the
 weights in it and the whole epilogue (scale, bias, ReLU, rounding); spconv does no epilogue.
-`with_map` times include the kernel map, from unsorted voxels, and read its table.
+`with_map` times include the kernel map, from unsorted voxels, and read its table. Each timed run comes
+right after one of its own, spconv's too, so that none pays for what another one left in the caches.
 
 Inputs are not negative, as after a ReLU, and weights normal, as trained ones nearly are: the AVX2
 path is faster then. `uniform` has weights of any size alike, `signed` inputs of both signs, too; on

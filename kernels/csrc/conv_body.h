@@ -101,11 +101,12 @@ bool block(const ConvArgs& a, void* memory, int64_t block_index) {
   carve<T>(a, reinterpret_cast<uintptr_t>(memory), &s);
   const int64_t first = block_index * kBlockRows;
   const int64_t rows = rows_of_block(a, block_index);
-  Pairs list{a.split + block_index * a.taps, a.pair_index, a.pair_row};
-  if (a.split == nullptr) {
+  Pairs list{s.split, s.index, s.row};
+  if (a.split != nullptr) {
+    list = {a.split + block_index * a.taps, a.pair_index, a.pair_row};
+  } else {
     s.split[0] = 0;
     if (!list_pairs(a, block_index, s.split, s.index, s.row)) return false;
-    list = {s.split, s.index, s.row};
   }
   add_compensation<T>(a, list, s.compensation, rows);
 

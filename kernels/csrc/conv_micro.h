@@ -19,7 +19,7 @@ void few_weights(int64_t pairs, const typename T::Staged* features, const int32_
     }
   }
   for (int64_t p = 0; p < pairs; ++p) {
-    const typename T::Staged* x = features + (T::kStage ? p : index[p]) * stride;
+    const typename T::Staged* x = features + index[p] * stride;
     typename T::Acc* out = acc + row[p] * pitch;
     typename T::V sum[V];
 #pragma GCC unroll 8
