@@ -51,7 +51,7 @@ sanitize: $(VENV)/.installed
 	$(RUN) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 FQUANT_LIBRARY_FOLDER=build/sanitize \
 	  $(BIN)/python -m pytest -q tests/kernels/test_conv_int8_cpu.py \
-	  tests/kernels/test_kernel_map.py tests/kernels/test_abs_histogram.py $(ARGS)
+	  tests/kernels/test_kernel_map*.py tests/kernels/test_abs_histogram.py $(ARGS)
 
 # The paths of every instruction set on any CPU with AVX2: make emulated SIMDE=its-folder
 emulated: $(VENV)/.installed
@@ -59,7 +59,7 @@ emulated: $(VENV)/.installed
 	cmake -S kernels -B build/emulated -DFQUANT_SIMDE="$(SIMDE)"
 	cmake --build build/emulated --parallel
 	$(RUN) FQUANT_LIBRARY_FOLDER=build/emulated $(BIN)/python -m pytest -q \
-	  tests/kernels/test_conv_int8_cpu.py tests/kernels/test_kernel_map.py $(ARGS)
+	  tests/kernels/test_conv_int8_cpu.py tests/kernels/test_kernel_map*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist
