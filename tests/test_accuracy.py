@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fquant as fq
+from fquant.testing.scenes import load_arrays
 
 DATA = Path(os.environ.get("FQUANT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_data = pytest.mark.skipif(
@@ -49,7 +50,7 @@ def test_depthwise_network_in_8_bits_is_as_close_as_the_best_static_peer(monkeyp
     model = open_models(monkeypatch).FashionDW()
     model.load_state_dict(read_safetensors(DATA / "models" / "fashion_dw.safetensors"))
     model.eval()
-    images = np.load(DATA / "fashion" / "fashion_open.npz")
+    images = load_arrays(DATA / "fashion" / "fashion_open.npz")
     train, test = (
         torch.from_numpy(images[name][:count]).float()[:, None] / 255
         for name, count in (("train_x", 768), ("test_x", 2000))
@@ -103,7 +104,7 @@ def test_recurrent_speaker_encoder_in_8_bits_keeps_its_error_rate(monkeypatch):
         pytest.skip("no weights: pip install --no-deps Resemblyzer==0.1.4")
     weights = Path(package.submodule_search_locations[0]) / "pretrained.pt"
     model = open_models(monkeypatch).voice_encoder(weights)
-    mel, calibration = (np.load(DATA / "audio" / f"mel_{n}.npz") for n in ("eval", "calib"))
+    mel, calibration = (load_arrays(DATA / "audio" / f"mel_{n}.npz") for n in ("eval", "calib"))
     windows = torch.from_numpy(mel["mel"]).float().flatten(0, 1)
     per_utterance = mel["mel"].shape[1]
     speakers = np.repeat(mel["speaker"], per_utterance)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fquant.demo.data import Split, load_digits
 from fquant.demo.training import adam_init, adam_step
-from fquant.testing.scenes import data_folder
+from fquant.testing.scenes import data_folder, load_arrays
 
 Params = dict[str, Tensor]
 
@@ -19,7 +18,7 @@ def load_images() -> Split:
     folder = data_folder("mnist")
     if folder is None:
         return load_digits()
-    arrays = np.load(folder / "mnist_open.npz")
+    arrays = load_arrays(folder / "mnist_open.npz")
 
     def images(name: str, count: int) -> Tensor:
         pixels = torch.from_numpy(arrays[name][:count]).float().unsqueeze(1) / 255

@@ -31,6 +31,7 @@ from fquant.sparse_network import (
     tie_scales,
 )
 from fquant.sparse_network.maps import Maps
+from fquant.testing.scenes import load_arrays
 
 
 def calibrated_scales(
@@ -43,7 +44,7 @@ def calibrated_scales(
     params = fold_network(layers, SparseNetwork(layers).state_dict())
 
     def batch(file: Path) -> tuple[fq.sparse.SparseTensor, Maps]:
-        points = torch.from_numpy(np.load(file)["xyz"].astype(np.float32))
+        points = torch.from_numpy(load_arrays(file)["xyz"].astype(np.float32))
         x = voxelized(points, settings)
         return x, make_maps(layers, x)
 

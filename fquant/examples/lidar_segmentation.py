@@ -97,7 +97,7 @@ def airborne(path: Path, validate: bool = False) -> Task:
     With validate, those tiles are left out, and every fourth diagonal the other way among the rest is
     for testing.
     """
-    data = np.load(path)
+    data = scenes.load_arrays(path)
     xyz, returns = data["xyz"], data["returns"].astype(np.float32)
     features = np.concatenate(
         [

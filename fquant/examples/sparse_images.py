@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from fquant.examples.sparse_recipe import Batch, Row
 from fquant.qat import fine_tuning
 from fquant.sparse import SparseTensor
 from fquant.sparse_network import Layer, choose_int8, describe_choices, measured_times
-from fquant.testing.scenes import data_folder
+from fquant.testing.scenes import data_folder, load_arrays
 
 BATCH_SIZE = 64
 
@@ -78,7 +77,7 @@ def load(name: str) -> Images:
             f"load: name must be 'digits' where there is no folder {name!r} in $FQUANT_DATA or "
             f"../shared/data, got {name!r}."
         )
-    data = np.load(folder / f"{name}_open.npz")
+    data = load_arrays(folder / f"{name}_open.npz")
     x, y, tx, ty = (torch.from_numpy(data[k]) for k in ("train_x", "train_y", "test_x", "test_y"))
     return Images(x, y.long(), tx, ty.long(), 255.0)
 

@@ -67,7 +67,7 @@ def scan_points(quick: bool) -> Tensor:
     """Returns the points of one scan, `(P, 3)`: a real one if there is one and `quick` is False."""
     folder = scenes.data_folder()
     if folder is not None and not quick and (folder / f"{DATA}.npz").exists():
-        points = np.load(folder / f"{DATA}.npz")["xyz"]
+        points = scenes.load_arrays(folder / f"{DATA}.npz")["xyz"]
         return torch.from_numpy(points[np.isfinite(points).all(axis=1)].astype(np.float32))
     points, _ = scenes.labelled_scan(scenes.SENSORS["kitti"])
     return torch.from_numpy(points.astype(np.float32))

@@ -179,6 +179,12 @@ def data_folder(name: str = "lidar") -> Path | None:
     return folder / name if (folder / name).is_dir() else None
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file, which is closed."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 REAL = {
     "ouster_os1_128_frame0": (0.1, 0.1, 0.1),
     "ouster_os2_128": (0.1, 0.1, 0.1),
@@ -193,7 +199,7 @@ def real() -> list[Scene]:
     scenes = []
     for name, voxel in REAL.items():
         if folder is not None and (folder / f"{name}.npz").exists():
-            points = np.load(folder / f"{name}.npz")["xyz"].astype(np.float64)
+            points = load_arrays(folder / f"{name}.npz")["xyz"].astype(np.float64)
             coords, shape = voxelize(points[np.isfinite(points).all(axis=1)], voxel)
             scenes.append(Scene(name, coords, shape))
     return scenes

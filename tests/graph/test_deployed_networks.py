@@ -16,6 +16,7 @@ from fquant.graph import (
     site_integers,
 )
 from fquant.sparse_network import make_maps
+from fquant.testing.scenes import load_arrays
 from tests.sparse.test_real_networks import DATA, load, mnist, network, voxels
 from tests.test_accuracy import read_safetensors
 
@@ -61,7 +62,7 @@ def sparse(name):
 
 def test_digits_on_a_sparse_network():
     layers, model = sparse("sp2d_mnist_a")
-    data = np.load(DATA / "mnist" / "mnist_open.npz")
+    data = load_arrays(DATA / "mnist" / "mnist_open.npz")
     train = mnist(data["train_x"][:128])
     example = (train, make_maps(layers, train))
     program, lowered, report = deployed(
@@ -116,7 +117,7 @@ def depthwise():
         import models
     model = models.FashionDW()
     model.load_state_dict(read_safetensors(DATA / "models" / "fashion_dw.safetensors"))
-    images = np.load(DATA / "fashion" / "fashion_open.npz")
+    images = load_arrays(DATA / "fashion" / "fashion_open.npz")
     train, test = (
         torch.from_numpy(images[name][:count]).float()[:, None] / 255
         for name, count in (("train_x", 256), ("test_x", 1000))

@@ -10,6 +10,7 @@ import torch
 import fquant as fq
 from fquant.graph import fold_norms
 from fquant.testing.models import EXAMPLES
+from fquant.testing.scenes import load_arrays
 from tests.graph.onnx_runtime import BATCH, DATA, SUMS, compare, prepared
 
 onnx = pytest.importorskip("onnx")
@@ -23,10 +24,10 @@ def real_inputs(name, count):
         shape = EXAMPLES[name].inputs()[0].shape[1:]
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     if name == "residual":
-        images = np.load(DATA / "fashion" / "fashion_open.npz")["test_x"][: 2 * count]
+        images = load_arrays(DATA / "fashion" / "fashion_open.npz")["test_x"][: 2 * count]
         patches = images[:, 10:15, 10:15].reshape(count, 2, 5, 5)
         return torch.from_numpy(patches.astype(np.float32) / 128 - 1)
-    mel = np.load(DATA / "audio" / "mel_eval.npz")["mel"].reshape(-1, 160, 40)[:count]
+    mel = load_arrays(DATA / "audio" / "mel_eval.npz")["mel"].reshape(-1, 160, 40)[:count]
     frames, bands = EXAMPLES[name].inputs()[0].shape[1:]
     chosen = np.log(mel.astype(np.float32) + 1e-6)[:, 20 : 20 + frames, 4 : 4 + bands]
     return torch.from_numpy(chosen.copy())
@@ -67,7 +68,7 @@ def test_integers_of_a_trained_network(tmp_path, monkeypatch):
 
     model = models.FashionDW().eval()
     model.load_state_dict(safetensors.load_file(DATA / "models" / "fashion_dw.safetensors"))
-    images = np.load(DATA / "fashion" / "fashion_open.npz")
+    images = load_arrays(DATA / "fashion" / "fashion_open.npz")
     calibration, x = (
         torch.from_numpy(images[name][:100, None]).float() / 255 for name in ("train_x", "test_x")
     )

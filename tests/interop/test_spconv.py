@@ -24,6 +24,7 @@ from fquant.sparse import (
     models,
     nn,
 )
+from fquant.testing.scenes import load_arrays
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -242,7 +243,7 @@ def our_network_in_spconv(model):
 @pytest.mark.parametrize("scan", ["ouster_os1_128_frame0", "libpointmatcher_car_cloud400"])
 @pytest.mark.parametrize("name", ["VoxelResBackBone8x", "MinkUNet"])
 def test_networks_on_real_scans(scan, name):
-    points = np.load(LIDAR / f"{scan}.npz")["xyz"].astype(np.float32)
+    points = load_arrays(LIDAR / f"{scan}.npz")["xyz"].astype(np.float32)
     points = torch.from_numpy(points[np.isfinite(points).all(axis=1)])[::8, [2, 1, 0]]
     low = points.amin(0).floor()
     size = [0.2, 0.2, 0.2]

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from fquant.sparse import SparseTensor, from_points
 from fquant.testing import strategies
+from fquant.testing.scenes import load_arrays
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -163,7 +164,7 @@ def test_integers_are_equal(kind, axes, data):
 
 
 def scan(name, voxels=2000):
-    points = np.load(LIDAR / f"{name}.npz")["xyz"].astype(np.float32)
+    points = load_arrays(LIDAR / f"{name}.npz")["xyz"].astype(np.float32)
     points = torch.from_numpy(points[np.isfinite(points).all(axis=1)])[:, [2, 1, 0]]
     points = points[points.abs().amax(dim=1).argsort()[: 8 * voxels]]  # the nearest
     low = points.amin(0).floor()

@@ -30,6 +30,7 @@ from fquant.sparse_network import (
     tie_scales,
     to_int8,
 )
+from fquant.testing.scenes import load_arrays
 
 DATA = Path(os.environ.get("FQUANT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -118,8 +119,8 @@ def mnist(images):
 
 def test_digits_in_float_and_in_int8(tmp_path):
     layers, params = load("sp2d_mnist_a")
-    data = np.load(DATA / "mnist" / "mnist_open.npz")
-    expected = np.load(DATA / "expected" / "sp2d_mnist_a_logits.npz")["logits"]
+    data = load_arrays(DATA / "mnist" / "mnist_open.npz")
+    expected = load_arrays(DATA / "expected" / "sp2d_mnist_a_logits.npz")["logits"]
     x, labels = mnist(data["test_x"]), torch.from_numpy(data["test_y"]).long()
     exact = in_float(layers, params, x)
     # Float sums of up to 576 products in another order, through six layers.
@@ -138,7 +139,7 @@ def test_digits_in_float_and_in_int8(tmp_path):
 
 
 def voxels(train):
-    cloud = np.load(DATA / "lidar" / "pdal_autzen.npz")
+    cloud = load_arrays(DATA / "lidar" / "pdal_autzen.npz")
     xyz = cloud["xyz"]
     tiles = (np.floor(xyz[:, 0] / 140) + np.floor(xyz[:, 1] / 140)).astype(int) % 3 == 2
     chosen = ~tiles if train else tiles
@@ -171,7 +172,7 @@ def mean_iou(predicted, labels):
 def test_airborne_lidar_in_float_and_in_int8(tmp_path):
     layers, params = load("sp3d_autzen_unet")
     (x, cell), labels = voxels(train=False)
-    recorded = np.load(DATA / "expected" / "sp3d_autzen_unet_logits.npz")
+    recorded = load_arrays(DATA / "expected" / "sp3d_autzen_unet_logits.npz")
     assert np.array_equal(x.coords.numpy(), recorded["coords"])
     exact = in_float(layers, params, x)
     assert np.allclose(exact.numpy(), recorded["logits"], atol=5e-3)
