@@ -42,7 +42,7 @@ struct Int8Traits : Int8Base {
     const auto sum = [=](int64_t r, int64_t v) {
       return _mm256_cvtepi32_ps(load(acc + r * pitch + v * kLanes));
     };
-    finish_32(a, sum, rows, channel, at, count);
+    finish_vectors<Floats8>(a, sum, rows, channel, at, count);
   }
 };
 
@@ -69,12 +69,7 @@ struct FloatTraits {
   static V zero() { return _mm256_setzero_ps(); }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    using F = Floats<1>;
-    const auto bias = a.bias == nullptr ? F::set(0.0f) : F::load(a.bias + channel);
-    for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
-      const auto sum = F::add(F::load(acc + r * pitch), bias);
-      F::store(static_cast<float*>(a.out) + at, sum, count);
-    }
+    finish_floats<Floats8>(a, acc, pitch, rows, channel, at, count);
   }
 };
 

@@ -70,111 +70,60 @@ __attribute__((noinline)) int64_t compact(const int32_t* table, int64_t rows, in
 
 #include "conv_body.h"
 
-// The float operations of the epilogue on N vectors of channels at once: bytes are packed from all of
-// them together, which takes half of the instructions that one vector by itself takes.
-template <int N>
-struct Floats {
-  static constexpr int64_t kLanes = 8 * N;
-  struct V {
-    __m256 of[N];
-  };
-  template <class F>
-  static inline __attribute__((always_inline)) V each(const F& f) {
-    V v;
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) v.of[i] = f(i);
-    return v;
-  }
-  static V load(const float* p) {
-    return each([=](int i) { return _mm256_loadu_ps(p + i * 8); });
-  }
-  static V set(float x) {
-    return each([=](int) { return _mm256_set1_ps(x); });
-  }
-  static V add(const V& a, const V& b) {
-    return each([&](int i) { return _mm256_add_ps(a.of[i], b.of[i]); });
-  }
-  static V mul(const V& a, const V& b) {
-    return each([&](int i) { return _mm256_mul_ps(a.of[i], b.of[i]); });
-  }
-  static V relu(const V& a) {  // a NaN stays
-    return each([&](int i) { return _mm256_max_ps(_mm256_setzero_ps(), a.of[i]); });
-  }
-  // The loads and stores are of `count` channels: of all 8 * N, or, where N is 1, of fewer.
+// The float operations of the epilogue on eight channels, or on the first `count` of them.
+struct Floats8 {
+  static constexpr int64_t kLanes = 8;
+  using V = __m256;
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V set(float x) { return _mm256_set1_ps(x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V relu(V a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }  // a NaN stays
   static V load_int8(const int8_t* p, int64_t count) {
     int8_t bytes[8] = {};
     if (count < 8) p = static_cast<int8_t*>(__builtin_memcpy(bytes, p, count));
-    return each([=](int i) {
-      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * 8));
-      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
-    });
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
   }
   // Packing saturates what is too low, and what is too high only up to 2^31.
-  static __m256i rounded(__m256 t) {
+  static __m256i rounded(V t) {
     return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(127.0f), t));
   }
-  static void store_int8(int8_t* p, const V& t, int64_t count) {
-    if constexpr (N == 1) {
-      const __m256i ints = rounded(t.of[0]);
-      const __m128i shorts =
-          _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
-      const __m128i packed = _mm_packs_epi16(shorts, shorts);
-      if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), packed);
-      int8_t bytes[8];
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), packed);
-      __builtin_memcpy(p, bytes, count);
-    } else {  // within each half: 4 bytes of each vector
-      const __m256i low = _mm256_packs_epi32(rounded(t.of[0]), rounded(t.of[1]));
-      const __m256i high = _mm256_packs_epi32(rounded(t.of[N - 2]), rounded(t.of[N - 1]));
-      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-      if constexpr (N == 4) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
-    }
+  static void store_int8(int8_t* p, V t, int64_t count) {
+    const __m256i ints = rounded(t);
+    const __m128i shorts =
+        _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    const __m128i packed = _mm_packs_epi16(shorts, shorts);
+    if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), packed);
+    int8_t bytes[8];
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), packed);
+    __builtin_memcpy(p, bytes, count);
   }
-  static void store_half(uint16_t* p, const V& t, int64_t count) {
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i, p += 8) {
-      const __m128i half = _mm256_cvtps_ph(t.of[i], _MM_FROUND_TO_NEAREST_INT);
-      if (N > 1 || count == 8) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
-        continue;
-      }
-      uint16_t few[8];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(few), half);
-      __builtin_memcpy(p, few, count * sizeof(uint16_t));
-    }
+  template <int N>  // 2 or 4
+  static void pack(int8_t* p, const V* t) {  // within each half: 4 bytes of each vector
+    const __m256i low = _mm256_packs_epi32(rounded(t[0]), rounded(t[1]));
+    const __m256i high = _mm256_packs_epi32(rounded(t[N - 2]), rounded(t[N - 1]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    if constexpr (N == 4) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
   }
-  static void store(float* p, const V& t, int64_t count) {
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i, p += 8) {
-      if (N > 1 || count == 8) {
-        _mm256_storeu_ps(p, t.of[i]);
-        continue;
-      }
-      float few[8];
-      _mm256_storeu_ps(few, t.of[i]);
-      __builtin_memcpy(p, few, count * sizeof(float));
-    }
+  static void store_half(uint16_t* p, V t, int64_t count) {
+    const __m128i half = _mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
+    if (count == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+    uint16_t few[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(few), half);
+    __builtin_memcpy(p, few, count * sizeof(uint16_t));
+  }
+  static void store(float* p, V t, int64_t count) {
+    if (count == 8) return _mm256_storeu_ps(p, t);
+    float few[8];
+    _mm256_storeu_ps(few, t);
+    __builtin_memcpy(p, few, count * sizeof(float));
   }
 };
 
-// The epilogue of up to 32 channels; sum(row, vector) are their exact sums as floats.
-template <class Sum>
-inline void finish_32(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t channel, int64_t at,
-                      int64_t count) {
-  const auto vectors = [&](auto number, int64_t v) {
-    using F = Floats<decltype(number)::value>;
-    const auto sums = [&](int64_t r) {
-      return F::each([&](int i) { return sum(r, v + i); });
-    };
-    finish_int8<F>(a, sums, rows, channel + v * 8, at + v * 8, min64(F::kLanes, count - v * 8));
-  };
-  if (count == 32) return vectors(std::integral_constant<int, 4>{}, 0);
-  int64_t v = 0;
-  for (; (v + 2) * 8 <= count; v += 2) vectors(std::integral_constant<int, 2>{}, v);
-  for (; v * 8 < count; ++v) vectors(std::integral_constant<int, 1>{}, v);
-}
+#include "conv_floats.h"
 
 struct Int8Base {
   using Elem = int8_t;

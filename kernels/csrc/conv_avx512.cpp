@@ -47,96 +47,49 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// The float operations of the epilogue on N vectors of channels at once, as in conv_avx2.h.
-template <int N>
-struct Floats {
-  static constexpr int64_t kLanes = 16 * N;
-  struct V {
-    __m512 of[N];
-  };
-  template <class F>
-  static inline __attribute__((always_inline)) V each(const F& f) {
-    V v;
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) v.of[i] = f(i);
-    return v;
-  }
-  static V load(const float* p) {
-    return each([=](int i) { return _mm512_loadu_ps(p + i * 16); });
-  }
-  static V set(float x) {
-    return each([=](int) { return _mm512_set1_ps(x); });
-  }
-  static V add(const V& a, const V& b) {
-    return each([&](int i) { return _mm512_add_ps(a.of[i], b.of[i]); });
-  }
-  static V mul(const V& a, const V& b) {
-    return each([&](int i) { return _mm512_mul_ps(a.of[i], b.of[i]); });
-  }
-  static V relu(const V& a) {  // a NaN stays
-    return each([&](int i) { return _mm512_max_ps(_mm512_setzero_ps(), a.of[i]); });
-  }
-  // The loads and stores are of `count` channels: of all 16 * N, or, where N is 1, of fewer.
+// The float operations of the epilogue on sixteen channels, or on the first `count` of them.
+struct Floats16 {
+  static constexpr int64_t kLanes = 16;
+  using V = __m512;
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V relu(V a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }  // a NaN stays
   static V load_int8(const int8_t* p, int64_t count) {
-    return each([=](int i) {
-      const __m128i bytes = _mm_maskz_loadu_epi8(N > 1 ? 0xffff : first_lanes(count), p + i * 16);
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-    });
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), p)));
   }
   // Narrowing saturates what is too low, and what is too high only up to 2^31.
-  static __m512i rounded(__m512 t) {
+  static __m512i rounded(V t) {
     return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(127.0f), t));
   }
-  static void store_int8(int8_t* p, const V& t, int64_t count) {
-    if constexpr (N == 1) {
-      const __m128i bytes = _mm512_cvtsepi32_epi8(rounded(t.of[0]));
-      if (count == 16) {  // narrowing and storing under a mask in one is microcoded
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-      } else {
-        _mm_mask_storeu_epi8(p, first_lanes(count), bytes);
-      }
-    } else {  // within each quarter: 4 bytes of each vector
-      const __m512i low = _mm512_packs_epi32(rounded(t.of[0]), rounded(t.of[1]));
-      const __m512i high = _mm512_packs_epi32(rounded(t.of[N - 2]), rounded(t.of[N - 1]));
-      const __m512i order =
-          _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
-      if constexpr (N == 4) return _mm512_storeu_si512(p, bytes);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+  static void store_int8(int8_t* p, V t, int64_t count) {
+    const __m128i bytes = _mm512_cvtsepi32_epi8(rounded(t));
+    if (count == 16) {  // narrowing and storing under a mask in one is microcoded
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    } else {
+      _mm_mask_storeu_epi8(p, first_lanes(count), bytes);
     }
   }
-  static void store_half(uint16_t* p, const V& t, int64_t count) {
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      const __m256i half = _mm512_cvtps_ph(t.of[i], _MM_FROUND_TO_NEAREST_INT);
-      _mm256_mask_storeu_epi16(p + i * 16, N > 1 ? 0xffff : first_lanes(count), half);
-    }
+  template <int N>  // 2 or 4
+  static void pack(int8_t* p, const V* t) {  // within each quarter: 4 bytes of each vector
+    const __m512i low = _mm512_packs_epi32(rounded(t[0]), rounded(t[1]));
+    const __m512i high = _mm512_packs_epi32(rounded(t[N - 2]), rounded(t[N - 1]));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    if constexpr (N == 4) return _mm512_storeu_si512(p, bytes);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
   }
-  static void store(float* p, const V& t, int64_t count) {
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      _mm512_mask_storeu_ps(p + i * 16, N > 1 ? 0xffff : first_lanes(count), t.of[i]);
-    }
+  static void store_half(uint16_t* p, V t, int64_t count) {
+    const __m256i half = _mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(p, first_lanes(count), half);
+  }
+  static void store(float* p, V t, int64_t count) {
+    _mm512_mask_storeu_ps(p, first_lanes(count), t);
   }
 };
 
-// The epilogue of up to 64 channels; sum(row, vector) are their exact sums.
-template <class Sum>
-inline void finish_64(const ConvArgs& a, const Sum& sum, int64_t rows, int64_t channel, int64_t at,
-                      int64_t count) {
-  const auto vectors = [&](auto number, int64_t v) {
-    using F = Floats<decltype(number)::value>;
-    const auto sums = [&](int64_t r) {
-      return F::each([&](int i) { return _mm512_cvtepi32_ps(sum(r, v + i)); });
-    };
-    finish_int8<F>(a, sums, rows, channel + v * 16, at + v * 16,
-                   min64(F::kLanes, count - v * 16));
-  };
-  if (count == 64) return vectors(std::integral_constant<int, 4>{}, 0);
-  int64_t v = 0;
-  for (; (v + 2) * 16 <= count; v += 2) vectors(std::integral_constant<int, 2>{}, v);
-  for (; v * 16 < count; ++v) vectors(std::integral_constant<int, 1>{}, v);
-}
+#include "conv_floats.h"
 
 struct Int8Traits {
   using Elem = int8_t;
@@ -169,9 +122,9 @@ struct Int8Traits {
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
     const auto sum = [=](int64_t r, int64_t v) {
       const V less = _mm512_set1_epi32(static_cast<int32_t>(minus[r]));
-      return _mm512_sub_epi32(load(acc + r * pitch + v * kLanes), less);
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(load(acc + r * pitch + v * kLanes), less));
     };
-    finish_64(a, sum, rows, channel, at, count);
+    finish_vectors<Floats16>(a, sum, rows, channel, at, count);
   }
 };
 
@@ -183,8 +136,10 @@ struct NonnegativeTraits : Int8Traits {
   static V dot(V acc, W w, __m512i x) { return _mm512_dpbusd_epi32(acc, x, w); }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    const auto sum = [=](int64_t r, int64_t v) { return load(acc + r * pitch + v * kLanes); };
-    finish_64(a, sum, rows, channel, at, count);
+    const auto sum = [=](int64_t r, int64_t v) {
+      return _mm512_cvtepi32_ps(load(acc + r * pitch + v * kLanes));
+    };
+    finish_vectors<Floats16>(a, sum, rows, channel, at, count);
   }
 };
 
@@ -232,12 +187,7 @@ struct FloatTraits {
   static V zero() { return _mm512_setzero_ps(); }
   static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
                      int64_t rows, int64_t channel, int64_t at, int64_t count) {
-    using F = Floats<1>;
-    const auto bias = a.bias == nullptr ? F::set(0.0f) : F::load(a.bias + channel);
-    for (int64_t r = 0; r < rows; ++r, at += a.out_channels) {
-      const auto sum = F::add(F::load(acc + r * pitch), bias);
-      F::store(static_cast<float*>(a.out) + at, sum, count);
-    }
+    finish_floats<Floats16>(a, acc, pitch, rows, channel, at, count);
   }
 };
 

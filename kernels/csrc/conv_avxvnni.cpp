@@ -32,7 +32,7 @@ struct Int8Traits : Int8Base {
       const V less = _mm256_set1_epi32(static_cast<int32_t>(minus[r]));
       return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + r * pitch + v * kLanes), less));
     };
-    finish_32(a, sum, rows, channel, at, count);
+    finish_vectors<Floats8>(a, sum, rows, channel, at, count);
   }
 };
 
