@@ -105,7 +105,8 @@ const BrickPath& brick_path(int isa) {
 }
 
 template <class T>
-bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dims) {
+bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dims,
+                       bool only_rows) {
   if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) return false;  // bytes of a plane are its rows
   BrickMap& m = map;
   m.axes = 1 + dims, m.count = count;
@@ -118,7 +119,12 @@ bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dim
   if (m.bricks >= int64_t{1} << 22) return false;
   const int64_t planes = m.bricks * 8 + 8;
   m.bits = room<uint64_t>(planes), m.start = room<int32_t>(planes);
-  m.place = room<uint32_t>(m.bricks), m.slots = room<BrickSlot>(count);
+  m.place = room<uint32_t>(m.bricks);
+  if (only_rows) {
+    m.rows = room<int32_t>(count);
+  } else {
+    m.slots = room<BrickSlot>(count);
+  }
   std::memset(m.bits, 0, planes * sizeof(*m.bits));
   if (!path.number(m)) return false;
   static const Cells cells;
@@ -127,7 +133,7 @@ bool BrickVoxels::make(const T* coords, int64_t count, const Range& box, int dim
   return true;
 }
 
-template bool BrickVoxels::make(const int32_t*, int64_t, const Range&, int);
-template bool BrickVoxels::make(const int64_t*, int64_t, const Range&, int);
+template bool BrickVoxels::make(const int32_t*, int64_t, const Range&, int, bool);
+template bool BrickVoxels::make(const int64_t*, int64_t, const Range&, int, bool);
 
 }  // namespace fquant

@@ -38,6 +38,7 @@ struct BrickMap {
   uint32_t first;                        // the place of the brick of `low`
   uint32_t stride[4], shift[4], mask[4], cell[4];  // of coordinates: places, and cells in a brick
   int64_t count, words, bricks;          // voxels, words of `grid`, bricks with voxels
+  int64_t first_row;                     // of the voxels
   int64_t outer, middle;                 // strides of places
   uint64_t* grid;                        // which places have voxels
   int32_t* before;                       // how many do before each word
@@ -46,7 +47,8 @@ struct BrickMap {
   uint32_t* place;                       // of every brick
   uint64_t* bits;                        // eight planes of every brick, and of one without voxels
   int32_t* start;                        // first slot of every plane
-  BrickSlot* slots;
+  BrickSlot* slots;                      // of all voxels, or
+  int32_t* rows;                         // only their rows
 
   const BrickCell* cells;   // planes -1 to 7, rows -1 to 8, columns -1 to 8
   const BrickSlot* slot_of_cell;
@@ -70,7 +72,7 @@ struct BrickPath {
   void (*mark)(const BrickMap&, bool is_int64, const void* coords);  // code, cell_of, grid
   int64_t (*rank)(const BrickMap&);   // before; how many bricks
   bool (*number)(const BrickMap&);    // place, bits, code; whether voxels differ
-  void (*order)(const BrickMap&);     // start, slots
+  void (*order)(const BrickMap&);     // start, and slots or rows
   void (*write)(const BrickMap&, int64_t first_brick, int64_t last_brick);
   // Last inputs first: of equal ones the first stays.
   void (*write_inputs)(const BrickMap&, const BrickInputs&, int64_t count, uint32_t offsets);
@@ -91,7 +93,7 @@ class BrickVoxels {
 
   // False where the grid would be too large, or voxels are repeated.
   template <class T>
-  bool make(const T* coords, int64_t count, const Range& box, int dims);
+  bool make(const T* coords, int64_t count, const Range& box, int dims, bool only_rows);
 
  private:
   template <class T>

@@ -46,10 +46,20 @@ void order(const BrickMap& m) {
     m.start[plane] = sum;
     sum += count_bits(m.bits[plane]);
   }
-  for (int64_t i = 0; i < m.count; ++i) {
-    BrickSlot slot = m.slot_of_cell[m.code[i] & 511];
-    slot.row = static_cast<int32_t>(i);
-    m.slots[slot_of(m, m.code[i] >> 6, m.code[i] & 63)] = slot;
+  const auto each = [&](const auto& set) {
+    for (int64_t i = 0; i < m.count; ++i) {
+      const uint32_t code = m.code[i];
+      set(slot_of(m, code >> 6, code & 63), code & 511, static_cast<int32_t>(m.first_row + i));
+    }
+  };
+  if (m.rows != nullptr) {
+    each([&](int32_t at, uint32_t, int32_t row) { m.rows[at] = row; });
+  } else {
+    each([&](int32_t at, uint32_t cell, int32_t row) {
+      BrickSlot slot = m.slot_of_cell[cell];
+      slot.row = row;
+      m.slots[at] = slot;
+    });
   }
 }
 
@@ -146,12 +156,12 @@ void write_inputs(const BrickMap& m, const BrickInputs& in, int64_t count, uint3
         if ((m.bits[plane] >> cell.bit & 1) == 0) continue;
         slots[num_kept] = slot_of(m, plane, cell.bit);
         kept[num_kept] = some[n];
-        __builtin_prefetch(&m.slots[slots[num_kept++]]);
+        __builtin_prefetch(&m.rows[slots[num_kept++]]);
       }
       for (int64_t n = 0; n < num_kept; ++n) {
         const int64_t residue = in.code[first + (kept[n] >> 14)] >> 16 & 0xffff;
         int32_t* to = in.to[residue * 8 + (kept[n] & 15)];
-        to[m.slots[slots[n]].row] = static_cast<int32_t>(first + (kept[n] >> 14));
+        to[m.rows[slots[n]]] = static_cast<int32_t>(first + (kept[n] >> 14));
       }
     }
   }

@@ -9,8 +9,6 @@
 
 namespace fquant {
 
-constexpr int kMaxDims = 8;
-
 struct Geometry {
   int dims;
   const int64_t *shape, *kernel, *stride, *padding, *dilation;

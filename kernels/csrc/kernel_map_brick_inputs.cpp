@@ -51,7 +51,7 @@ bool brick_input_neighbors(const T* coords, int64_t inputs, const T* out_coords,
     if (range.high[a] - range.low[a] > 4 * inputs + 65536) return false;  // codes of positions
   }
   BrickVoxels voxels(g.isa);
-  if (!voxels.make(out_coords, outputs, box, g.dims)) return false;
+  if (!voxels.make(out_coords, outputs, box, g.dims, true)) return false;
   BrickMap& m = voxels.map;
 
   // Codes are sums over axes of what a position adds.

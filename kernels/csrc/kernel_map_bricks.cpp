@@ -9,6 +9,7 @@
 // reads per voxel find another cell's bit there. A million voxels in ten scans: 29, 29, 34 and 78.
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "bricks.h"
 #include "kernel_map.h"
@@ -17,10 +18,11 @@
 namespace fquant {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4096;  // cleared: 16 kB of each row of the table
+constexpr int64_t kRowsAtOnce = 4096;     // cleared: 16 kB of each row of the table
+constexpr int64_t kFewVoxels = 1 << 16;  // of batches: fewer are not worth a grid of their own
 
 // Which rows of the table the offsets before the middle one and their opposites have.
-void choose_rows(const Geometry& g, int32_t* table, BrickMap* m) {
+void choose_rows(const Geometry& g, int32_t* table, int64_t outputs, BrickMap* m) {
   const int64_t taps = g.taps();
   for (int h = 0; h < kHalf; ++h) {
     const int offset[3] = {h / 9 - 1, h / 3 % 3 - 1, h % 3 - 1};
@@ -40,9 +42,58 @@ void choose_rows(const Geometry& g, int32_t* table, BrickMap* m) {
     m->wanted |= uint32_t{1} << h;
     m->step[h] =
         static_cast<int16_t>((offset[0] * kBrickRows + offset[1]) * kBrickRows + offset[2]);
-    m->to[h] = table + tap * m->count;
-    m->opposite[h] = table + (taps - 1 - tap) * m->count;
+    m->to[h] = table + tap * outputs;
+    m->opposite[h] = table + (taps - 1 - tap) * outputs;
   }
+}
+
+// The columns of some rows, which have no neighbors among the others.
+template <class T>
+bool write_columns(const T* coords, int64_t first_row, int64_t last_row, int64_t outputs,
+                   const Geometry& g, int32_t* table, int64_t threads) {
+  coords += first_row * (1 + g.dims);
+  const int64_t count = last_row - first_row, taps = g.taps();
+  const Range range = range_of(coords, count, 1 + g.dims);
+  BrickVoxels voxels(g.isa);
+  voxels.map.first_row = first_row;
+  if (!is_ordinary(range, range, g)) return false;
+  if (!voxels.make(coords, count, range, g.dims, false)) return false;
+  BrickMap& m = voxels.map;
+  choose_rows(g, table, outputs, &m);
+  const auto clear = [&](int64_t k, int64_t begin, int64_t end) {
+    int32_t* to = table + k * outputs;
+    if (k != taps / 2) std::fill(to + begin, to + end, -1);
+    for (int64_t i = begin; k == taps / 2 && i < end; ++i) to[i] = static_cast<int32_t>(i);
+  };
+  // With one thread rows are cleared as far as the next bricks need it: where batches, or sorted
+  // voxels, come one after the other, what is cleared is still in cache when it is written. A million
+  // voxels in ten scans, in memory that has its pages: 22.8 ms in place of 26.3 (Zen 5).
+  const int64_t part = 512, parts = (m.bricks + part - 1) / part;
+  int64_t cleared = first_row, ready = 0;  // rows, and bricks whose rows they are
+  if (threads > 1) {
+    parallel_for(taps, threads, [&](int64_t, int64_t k) { clear(k, first_row, last_row); });
+    cleared = last_row;
+  }
+  parallel_for(parts, threads, [&](int64_t, int64_t task) {
+    const int64_t first = task * part, last = std::min(first + part, m.bricks);
+    if (cleared < last_row) {
+      // A voxel before another, row by row, may be in a later brick: one column or line on.
+      const int64_t furthest = m.place[last - 1] + m.middle + 1;
+      int64_t until = cleared;
+      for (; ready < m.bricks && m.place[ready] <= furthest; ++ready) {
+        for (int32_t s = m.start[ready * 8]; s < m.start[ready * 8 + 8]; ++s) {
+          until = std::max<int64_t>(until, m.slots[s].row + 1);
+        }
+      }
+      if (until > cleared) {
+        until = std::min(last_row, std::max(until, cleared + kRowsAtOnce));
+        for (int64_t k = 0; k < taps; ++k) clear(k, cleared, until);
+        cleared = until;
+      }
+    }
+    voxels.path.write(m, first, last);
+  });
+  return true;
 }
 
 }  // namespace
@@ -55,45 +106,20 @@ bool brick_neighbors(const T* coords, int64_t count, const T* out_coords, int64_
   for (int a = 0; a < g.dims; ++a) {
     if (g.kernel[a] > 3 || (g.kernel[a] == 3 && g.dilation[a] != 1)) return false;
   }
-  const Range range = range_of(coords, count, 1 + g.dims);
-  BrickVoxels voxels(g.isa);
-  if (!is_ordinary(range, range, g) || !voxels.make(coords, count, range, g.dims)) return false;
-  const int64_t taps = g.taps();
-  BrickMap& m = voxels.map;
-  choose_rows(g, table, &m);
-  const auto clear = [&](int64_t k, int64_t begin, int64_t end) {
-    int32_t* to = table + k * count;
-    if (k != taps / 2) std::fill(to + begin, to + end, -1);
-    for (int64_t i = begin; k == taps / 2 && i < end; ++i) to[i] = static_cast<int32_t>(i);
-  };
-  // With one thread rows are cleared as far as the next bricks need it: where batches, or sorted
-  // voxels, come one after the other, what is cleared is still in cache when it is written. A million
-  // voxels in ten scans, in memory that has its pages: 22.8 ms in place of 26.3 (Zen 5).
-  const int64_t part = 512, parts = (m.bricks + part - 1) / part;
-  int64_t cleared = 0, ready = 0;  // rows, and bricks whose rows they are
-  if (threads > 1) {
-    parallel_for(taps, threads, [&](int64_t, int64_t k) { clear(k, 0, count); });
-    cleared = count;
-  }
-  parallel_for(parts, threads, [&](int64_t, int64_t task) {
-    const int64_t first = task * part, last = std::min(first + part, m.bricks);
-    if (cleared < count) {
-      // A voxel before another, row by row, may be in a later brick: one column or line on.
-      const int64_t furthest = m.place[last - 1] + m.middle + 1;
-      int64_t until = cleared;
-      for (; ready < m.bricks && m.place[ready] <= furthest; ++ready) {
-        for (int32_t s = m.start[ready * 8]; s < m.start[ready * 8 + 8]; ++s) {
-          until = std::max<int64_t>(until, m.slots[s].row + 1);
-        }
-      }
-      if (until > cleared) {
-        until = std::min(count, std::max(until, cleared + kRowsAtOnce));
-        for (int64_t k = 0; k < taps; ++k) clear(k, cleared, until);
-        cleared = until;
-      }
+  // Batches one after the other, some at a time: what is made for them stays in cache.
+  const auto batch = [&](int64_t row) { return coords[row * (1 + g.dims)]; };
+  std::vector<int64_t> ends;
+  for (int64_t i = 1, begin = 0; i < count && batch(0) < batch(count - 1); ++i) {
+    if (batch(i) < batch(i - 1)) {
+      ends.clear();
+      break;
     }
-    voxels.path.write(m, first, last);
-  });
+    if (batch(i) > batch(i - 1) && i - begin >= kFewVoxels) ends.push_back(begin = i);
+  }
+  ends.push_back(count);
+  for (int64_t n = 0, first = 0; n < static_cast<int64_t>(ends.size()); first = ends[n++]) {
+    if (!write_columns(coords, first, ends[n], count, g, table, threads)) return false;
+  }
   return true;
 }
 

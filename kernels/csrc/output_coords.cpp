@@ -4,14 +4,13 @@
 #include <new>
 #include <vector>
 
+#include "coord_range.h"
 #include "fquant_kernels.h"
 #include "output_coords.h"
 #include "sorted_keys.h"
 
 namespace fquant {
 namespace {
-
-constexpr int kMaxDims = 8;
 
 // The set is a product over axes: an output is reached if every axis is. So one axis after the
 // other is replaced by its outputs, and repeated rows go before the next axis multiplies them.

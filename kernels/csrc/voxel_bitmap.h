@@ -26,8 +26,7 @@ constexpr int64_t kWindow = 57;      // bits that `bits_from` gives for sure
 
 // Odd parts of a full circle, one per axis but the last: the lattice of cells that share a place
 // must have no short vectors, or neighbors would be taken for each other.
-constexpr uint32_t kStrides[kAxes] = {0x9e3779b9, 0xc2b2ae3d, 0x85ebca77, 0x27d4eb2f, 0x165667b1,
-                                      0xd6e8feb8, 0xa0761d64, 0xe7037ed1, 0x8ebc6af0};
+constexpr uint32_t kStrides[kAxes] = {0x9e3779b9, 0xc2b2ae3d, 0x85ebca77, 0x27d4eb2f, 0x165667b1};
 
 // Where the rows of both sides lie, and how coordinates become places and lines.
 struct Frame {

@@ -9,6 +9,7 @@ import fquant_kernels
 from fquant_kernels import native
 from fquant_kernels.conv_int8 import cpu, reference
 from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
+from tests.kernels.threads import num_threads
 
 pytestmark = pytest.mark.skipif(
     native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
@@ -214,14 +215,10 @@ def test_float16_overflow_and_subnormals_round_as_torch(isa: str) -> None:
 @given(data=st.data())
 def test_the_number_of_threads_changes_nothing(isa: str, data: st.DataObject) -> None:
     case = random_case(data.draw(st.sampled_from([600, 3000])), 33, 65)
-    before = torch.get_num_threads()
-    try:
-        outputs = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    outputs = []
+    for threads in (1, 2, 5):
+        with num_threads(threads):
             outputs.append(cpu.sparse_conv_int8(*case, isa=isa))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 

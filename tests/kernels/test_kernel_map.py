@@ -20,6 +20,7 @@ from tests.kernels.map_cases import (
     spread_cases,
 )
 from tests.kernels.strategies import SETTINGS
+from tests.kernels.threads import num_threads
 
 
 @SETTINGS
@@ -73,9 +74,7 @@ def test_outputs_are_the_windows_that_hold_an_active_voxel(case: MapCase) -> Non
 def test_tables_and_outputs_are_those_of_the_reference(
     case: MapCase, threads: int, data: st.DataObject
 ) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         want = reference.conv_output_coords(case.coords, *case.geometry)
         assert torch.equal(cpu.conv_output_coords(case.coords, *case.geometry), want)
         if data.draw(st.booleans()):  # outputs in any order, of either dtype
@@ -86,8 +85,6 @@ def test_tables_and_outputs_are_those_of_the_reference(
         assert torch.equal(kernel_neighbors(case.coords, want, *case.geometry), table)
         back = reference.transpose_neighbors(table, case.coords.shape[0])
         assert torch.equal(cpu.transpose_neighbors(table, case.coords.shape[0]), back)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fquant_kernels.kernel_map import cpu, reference
 from tests.kernels.map_cases import MapCase, kernel_neighbors, lists, needs_library, spread_cases
 from tests.kernels.strategies import SETTINGS
+from tests.kernels.threads import num_threads
 
 
 @needs_library
@@ -21,20 +22,16 @@ def test_many_voxels_in_chunks_and_threads(sorted_rows: bool) -> None:
         coords = coords[torch.randperm(coords.shape[0], generator=random)]
     geometry = (shape, [3, 3, 3], [1, 1, 1], [1, 1, 1], [1, 1, 1])
     want = reference.kernel_neighbors(coords, coords, *geometry)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        with num_threads(threads):
             assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
             copy = coords.clone()[:-1]  # other outputs than inputs: no symmetry to use
             assert torch.equal(kernel_neighbors(coords, copy, *geometry), want[:, :-1])
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library
 @pytest.mark.parametrize(
-    ("shape", "grids"), [([30, 33], 300), ([12, 14, 17], 100), ([3, 9, 17], 400)]
+    ("shape", "grids"), [([30, 33], 300), ([12, 14, 17], 200), ([3, 9, 17], 400)]
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_many_grids_in_order(shape: list[int], grids: int, seed: int) -> None:
@@ -45,13 +42,31 @@ def test_many_grids_in_order(shape: list[int], grids: int, seed: int) -> None:
     coords = (torch.rand([grids, *shape], generator=random) < density).nonzero().to(torch.int32)
     geometry = (shape, [3] * len(shape), ones, ones, ones)
     want = reference.kernel_neighbors(coords, coords, *geometry)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for threads in (1, 2):
+        with num_threads(threads):
             assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
-    finally:
-        torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize(("line", "column"), [(0, 1), (1, -1), (1, 0), (1, 1)])
+def test_a_voxel_before_another_in_a_later_brick(line: int, column: int) -> None:
+    """Bricks are written 512 at a time; the last voxel of 512 bricks finds one in a brick after them."""
+    planes, lines, columns = 24, 20, 5  # the longest axis is outermost
+    corners = 8 * torch.cartesian_prod(*map(torch.arange, (planes, lines, columns)))
+    here = 5 * lines * columns + 2 * columns + 2
+    is_first = torch.cat([corners[: here - 2], corners[here - 1 : here]])
+    assert len(is_first) == 511
+    at = corners[here] + torch.tensor([4, *((0, 3, 7)[1 + step] for step in (line, column))])
+    found = at + torch.tensor([-1, line or -1, column])
+    others = corners[6 * lines * columns :].repeat_interleave(4, dim=0)
+    others[:, 2] += torch.arange(len(others)) % 4
+    cells = torch.cat([is_first, at[None], others, found[None]])
+    coords = torch.nn.functional.pad(cells, (1, 0)).to(torch.int32)
+    geometry = ([8 * planes, 8 * lines, 8 * columns], [3] * 3, [1] * 3, [1] * 3, [1] * 3)
+    want = reference.kernel_neighbors(coords, coords, *geometry)
+    assert (want[:, 511] == len(coords) - 1).any()
+    with num_threads(1):
+        assert torch.equal(kernel_neighbors(coords, coords, *geometry), want)
 
 
 @needs_library

@@ -12,6 +12,7 @@ from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.kernel_map.pairs import pair_rulebook_reference
 from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
 from tests.kernels.test_conv_int8_cpu import each_isa, random_case
+from tests.kernels.threads import num_threads
 
 needs_library = pytest.mark.skipif(
     native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
@@ -55,17 +56,13 @@ def test_the_op_equals_the_one_by_table_on_any_number_of_threads() -> None:
     case = random_case(3000, 32, 32)
     pairs = pair_rulebook(case.neighbors, 3000)
     want = fquant_kernels.sparse_conv_int8(*case)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            features, weight, neighbors, *epilogue = case
+    features, weight, neighbors, *epilogue = case
+    for threads in (1, 2, 5):
+        with num_threads(threads):
             got = fquant_kernels.sparse_conv_int8_pairs(
                 features, weight, neighbors, pairs, *epilogue
             )
-            assert torch.equal(got, want)
-    finally:
-        torch.set_num_threads(before)
+        assert torch.equal(got, want)
 
 
 def test_opcheck() -> None:
