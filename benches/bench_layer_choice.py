@@ -1,20 +1,23 @@
 """Where does int8 pay? One layer at a time against float32, for `sparse_network.choose_int8`.
 
-`python -m benches layer_choice --write fquant/sparse_network/layer_times.json` renews the table
-that ships. The int8 time has residual, ReLU and rounding in it; the float32 time has residual and
-ReLU. Inputs are not negative, as after a ReLU, which counts on AVX2 alone.
+`python -m benches layer_choice --write fquant/sparse_network/layer_times.json` renews, in the table
+that ships, the times of the instruction set in use (`FQUANT_CPU_ISA`). The int8 time has residual,
+ReLU and rounding in it; the float32 time has residual and ReLU. Inputs are not negative, as after a
+ReLU.
 """
 
 import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fquant_kernels
 from benches import harness
 from fquant.testing import scenes
+from fquant_kernels import native
 from fquant_kernels.conv_int8.reference import sparse_conv_int8 as reference
 
 VOXELS = 20_000
@@ -59,6 +62,18 @@ def time_layer(neighbors: torch.Tensor, rows: int, cin: int, cout: int, rounds: 
     return [1e9 * times[name].median / outputs for name in ("int8", "float32")]
 
 
+def as_json(tables: dict[str, Any]) -> str:
+    """Returns the tables, one layer a line."""
+    parts = []
+    for isa, table in sorted(tables.items()):
+        rows = ",\n".join(f"      {json.dumps(row)}" for row in table["times"])
+        machine = json.dumps(table["machine"])
+        parts.append(
+            f'  "{isa}": {{\n    "machine": {machine},\n    "times": [\n{rows}\n    ]\n  }}'
+        )
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="where to put the table, as JSON")
@@ -90,12 +105,11 @@ def main() -> None:
                 }
             )
     if options.write:
-        kept = {name: machine[name] for name in ("cpu", "isa", "threads", "torch")}
-        lines = ",\n".join(f"    {json.dumps(row)}" for row in times)
-        kept["scene"] = scene.name
-        options.write.write_text(
-            f'{{\n  "machine": {json.dumps(kept)},\n  "times": [\n{lines}\n  ]\n}}\n'
-        )
+        kept = {name: machine[name] for name in ("cpu", "threads", "torch")}
+        isa = native.ISAS[native.choose_isa()]
+        tables = json.loads(options.write.read_text()) if options.write.exists() else {}
+        tables[isa] = {"machine": {**kept, "isa": isa, "scene": scene.name}, "times": times}
+        options.write.write_text(as_json(tables))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def machine() -> dict[str, Any]:
         model = " ".join(line.split(":")[1].strip() for line in (names[:1] + family[:1]))
     return {
         "cpu": model,
-        "isa": native.describe_isas(),
+        "isa": f"{native.ISAS[native.choose_isa()]} (of {', '.join(native.available_isas())})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ from typing import Any
 
 from fquant.sparse_network.layer import Layer, convolutions, first_and_last
 from fquant.sparse_network.module import weight_shape
+from fquant_kernels import native
 
 TABLE = Path(__file__).with_name("layer_times.json")
 
@@ -45,19 +46,35 @@ class Choice:
     reason: str
 
 
-def measured_times(path: Path = TABLE) -> tuple[dict[str, Any], list[LayerTime]]:
-    """Returns (machine, times): the table that ships with the project, and what it was measured on.
+def measured_times(
+    isa: str | None = None, path: Path = TABLE
+) -> tuple[dict[str, Any], list[LayerTime]]:
+    """Returns (machine, times): what one instruction set was measured on, and its times there.
 
-    `python -m benches layer_choice --write FILE` measures another machine.
+    Args:
+        isa: one of `fquant_kernels.native.ISAS`; None for the one that the kernels use here.
+        path: a table that `python -m benches layer_choice --write FILE` wrote on another machine; the
+            one that ships with the project where left out.
+
+    Raises:
+        ValueError: the table has no such instruction set.
+        RuntimeError: isa is None, and there are no compiled kernels.
 
     Example:
-        >>> machine, times = measured_times()
-        >>> sorted(machine), min(t.taps for t in times)
-        (['cpu', 'isa', 'scene', 'threads', 'torch'], 1)
+        >>> machine, times = measured_times("avx2")
+        >>> machine["isa"], min(t.taps for t in times)
+        ('avx2', 1)
     """
-    data = json.loads(path.read_text())
-    times = [LayerTime(taps, (cin, cout), *rest) for taps, cin, cout, *rest in data["times"]]
-    return data["machine"], times
+    tables = json.loads(path.read_text())
+    wanted = native.ISAS[native.choose_isa()] if isa is None else isa
+    if wanted not in tables:
+        raise ValueError(
+            f"measured_times: isa must be one of {', '.join(tables)}, as {path.name} has, "
+            f"got {wanted!r}."
+        )
+    table = tables[wanted]
+    times = [LayerTime(taps, (cin, cout), *rest) for taps, cin, cout, *rest in table["times"]]
+    return table["machine"], times
 
 
 def choose_int8(

@@ -39,6 +39,7 @@ from fquant.sparse_network import (
     measured_times,
     pad_network,
 )
+from fquant_kernels import native
 
 _spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
 networks = importlib.util.module_from_spec(_spec)
@@ -276,8 +277,18 @@ def test_the_choice_follows_the_nearest_time_and_what_it_is_told():
         choose_int8(layers, [slow], in_float={"z"})
 
 
-def test_the_table_that_ships_says_where_it_was_measured():
-    machine, times = measured_times()
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_the_table_that_ships_says_where_it_was_measured(isa):
+    machine, times = measured_times(isa)
     assert {"cpu", "isa", "threads", "torch", "scene"} == machine.keys()
+    assert machine["isa"] == isa
     assert {t.taps for t in times} == {1, 8, 9, 27}
     assert all(0 < t.int8 < 1e6 and 0 < t.float32 < 1e6 for t in times)
+
+
+def test_the_table_is_that_of_the_instruction_set_in_use(monkeypatch):
+    for isa in native.available_isas():
+        monkeypatch.setenv("FQUANT_CPU_ISA", isa)
+        assert measured_times() == measured_times(isa)
+    with pytest.raises(ValueError, match=r"isa must be one of .*avx2.*, got 'neon'"):
+        measured_times("neon")
