@@ -95,10 +95,7 @@ constexpr ConvPath int8_path(ConvPath path) {
   path.scratch_bytes = int8_scratch_bytes;
   path.block = int8_block;
   path.peak = nonnegative_peak;
-  path.nonnegative = &nonnegative;
-  path.gains = gains;
-  path.is_nonnegative = is_nonnegative;
-  return path;
+  return with_nonnegative(path, nonnegative, gains, is_nonnegative);
 }
 
 }  // namespace

@@ -68,6 +68,18 @@ __attribute__((noinline)) int64_t compact(const int32_t* table, int64_t rows, in
   return count;
 }
 
+bool is_nonnegative(const int8_t* features, int64_t count) {
+  __m256i all = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(features + i));
+    all = _mm256_or_si256(all, some);
+  }
+  int8_t rest = 0;
+  for (; i < count; ++i) rest |= features[i];
+  return _mm256_movemask_epi8(all) == 0 && rest >= 0;
+}
+
 #include "conv_body.h"
 
 // The float operations of the epilogue on eight channels, or on the first `count` of them.

@@ -193,16 +193,10 @@ struct FloatTraits {
 
 constexpr ConvPath nonnegative = make_path<NonnegativeTraits>(nullptr);
 
-constexpr ConvPath int8_path(ConvPath path) {
-  path.nonnegative = &nonnegative;
-  path.gains = always;
-  path.is_nonnegative = is_nonnegative;
-  return path;
-}
-
 }  // namespace
 
-extern const ConvPath conv_int8_avx512vnni = int8_path(make_path<Int8Traits>(row_sums));
+extern const ConvPath conv_int8_avx512vnni =
+    with_nonnegative(make_path<Int8Traits>(row_sums), nonnegative, always, is_nonnegative);
 extern const ConvPath conv_float_avx512 = make_path<FloatTraits>(nullptr);
 
 }  // namespace fquant

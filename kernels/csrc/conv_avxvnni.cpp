@@ -1,4 +1,5 @@
-// AVX-VNNI path: the 256-bit vpdpbusd of client processors without AVX-512.
+// AVX-VNNI path: the 256-bit vpdpbusd of client processors without AVX-512. Signs are handled as in
+// conv_avx512.cpp.
 #include <immintrin.h>
 
 #include <type_traits>
@@ -36,6 +37,21 @@ struct Int8Traits : Int8Base {
   }
 };
 
+struct NonnegativeTraits : Int8Traits {
+  static constexpr bool kUnsigned = false;
+  static W load_weight(const Weight* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static V dot(V acc, W w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+  static void finish(const ConvArgs& a, const Acc* acc, int64_t pitch, const uint32_t*,
+                     int64_t rows, int64_t channel, int64_t at, int64_t count) {
+    const auto sum = [=](int64_t r, int64_t v) {
+      return _mm256_cvtepi32_ps(load(acc + r * pitch + v * kLanes));
+    };
+    finish_vectors<Floats8>(a, sum, rows, channel, at, count);
+  }
+};
+
 void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
   const int8_t* features = static_cast<const int8_t*>(a.features);
   const __m256i ones = _mm256_set1_epi8(1);
@@ -56,8 +72,11 @@ void row_sums(const ConvArgs& a, int64_t first, int64_t last) {
   }
 }
 
+constexpr ConvPath nonnegative = make_path<NonnegativeTraits>(nullptr);
+
 }  // namespace
 
-extern const ConvPath conv_int8_avxvnni = make_path<Int8Traits>(row_sums);
+extern const ConvPath conv_int8_avxvnni =
+    with_nonnegative(make_path<Int8Traits>(row_sums), nonnegative, always, is_nonnegative);
 
 }  // namespace fquant

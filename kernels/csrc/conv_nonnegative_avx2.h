@@ -146,14 +146,3 @@ int64_t nonnegative_peak(int64_t rounds, int32_t* sink) {
   for (const int32_t lane : lanes) *sink += lane;
   return rounds * V * 4 * 32 * 2;
 }
-
-bool is_nonnegative(const int8_t* features, int64_t count) {
-  __m256i all = _mm256_setzero_si256();
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    all = _mm256_or_si256(all, NonnegativeTraits::load_bytes(features + i));
-  }
-  int8_t rest = 0;
-  for (; i < count; ++i) rest |= features[i];
-  return _mm256_movemask_epi8(all) == 0 && rest >= 0;
-}

@@ -36,6 +36,16 @@ int64_t peak(int64_t rounds, int32_t* sink) {
 
 inline bool always(const ConvArgs&) { return true; }
 
+// The path, with another one for inputs that are not negative.
+constexpr ConvPath with_nonnegative(ConvPath path, const ConvPath& nonnegative,
+                                    bool (*gains)(const ConvArgs&),
+                                    bool (*is_nonnegative)(const int8_t*, int64_t)) {
+  path.nonnegative = &nonnegative;
+  path.gains = gains;
+  path.is_nonnegative = is_nonnegative;
+  return path;
+}
+
 template <class T>
 constexpr ConvPath make_path(void (*row_sums)(const ConvArgs&, int64_t, int64_t)) {
   return ConvPath{{T::kLanes, T::kGroup, T::kTileVectors, sizeof(typename T::Weight),
