@@ -6,7 +6,7 @@
 // that comes before it is then 13 bits, from two loads. What is found is written for both voxels.
 // Maps of 86k / 110k / 89k voxels, ms (Zen 5): 1.4 / 1.7 / 1.2 with AVX-512, 1.8 / 2.0 / 1.5 with
 // AVX2, 2.4 / 2.7 / 2.0 with neither. kernel_map_bitmap.cpp takes 2.2 / 3.4 / 3.1; 0.4 / 0.2 / 0.8
-// reads per voxel find another cell's bit there. A million voxels in ten scans: 29, 29, 34 and 78.
+// reads per voxel find another cell's bit there. A million voxels in ten scans: 19, 20 and 26.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -18,7 +18,6 @@
 namespace fquant {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4096;     // cleared: 16 kB of each row of the table
 constexpr int64_t kFewVoxels = 1 << 16;  // of batches: fewer are not worth a grid of their own
 
 // Which rows of the table the offsets before the middle one and their opposites have.
@@ -60,37 +59,14 @@ bool write_columns(const T* coords, int64_t first_row, int64_t last_row, int64_t
   if (!voxels.make(coords, count, range, g.dims, false)) return false;
   BrickMap& m = voxels.map;
   choose_rows(g, table, outputs, &m);
-  const auto clear = [&](int64_t k, int64_t begin, int64_t end) {
-    int32_t* to = table + k * outputs;
-    if (k != taps / 2) std::fill(to + begin, to + end, -1);
-    for (int64_t i = begin; k == taps / 2 && i < end; ++i) to[i] = static_cast<int32_t>(i);
-  };
-  // With one thread rows are cleared as far as the next bricks need it: where batches, or sorted
-  // voxels, come one after the other, what is cleared is still in cache when it is written. A million
-  // voxels in ten scans, in memory that has its pages: 22.8 ms in place of 26.3 (Zen 5).
+  parallel_for(taps, threads, [&](int64_t, int64_t k) {
+    int32_t* row = table + k * outputs;
+    if (k != taps / 2) std::fill(row + first_row, row + last_row, -1);
+    for (int64_t i = first_row; k == taps / 2 && i < last_row; ++i) row[i] = static_cast<int32_t>(i);
+  });
   const int64_t part = 512, parts = (m.bricks + part - 1) / part;
-  int64_t cleared = first_row, ready = 0;  // rows, and bricks whose rows they are
-  if (threads > 1) {
-    parallel_for(taps, threads, [&](int64_t, int64_t k) { clear(k, first_row, last_row); });
-    cleared = last_row;
-  }
   parallel_for(parts, threads, [&](int64_t, int64_t task) {
     const int64_t first = task * part, last = std::min(first + part, m.bricks);
-    if (cleared < last_row) {
-      // A voxel before another, row by row, may be in a later brick: one column or line on.
-      const int64_t furthest = m.place[last - 1] + m.middle + 1;
-      int64_t until = cleared;
-      for (; ready < m.bricks && m.place[ready] <= furthest; ++ready) {
-        for (int32_t s = m.start[ready * 8]; s < m.start[ready * 8 + 8]; ++s) {
-          until = std::max<int64_t>(until, m.slots[s].row + 1);
-        }
-      }
-      if (until > cleared) {
-        until = std::min(last_row, std::max(until, cleared + kRowsAtOnce));
-        for (int64_t k = 0; k < taps; ++k) clear(k, cleared, until);
-        cleared = until;
-      }
-    }
     voxels.path.write(m, first, last);
   });
   return true;
@@ -106,7 +82,8 @@ bool brick_neighbors(const T* coords, int64_t count, const T* out_coords, int64_
   for (int a = 0; a < g.dims; ++a) {
     if (g.kernel[a] > 3 || (g.kernel[a] == 3 && g.dilation[a] != 1)) return false;
   }
-  // Batches one after the other, some at a time: what is made for them stays in cache.
+  // Batches one after the other, some at a time: what is made for them stays in cache. A million
+  // voxels in ten scans: 20 ms in place of 22 (Zen 5).
   const auto batch = [&](int64_t row) { return coords[row * (1 + g.dims)]; };
   std::vector<int64_t> ends;
   for (int64_t i = 1, begin = 0; i < count && batch(0) < batch(count - 1); ++i) {
