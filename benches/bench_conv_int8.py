@@ -7,9 +7,9 @@ weights in it and the whole epilogue (scale, bias, ReLU, rounding); spconv does 
 `with_map` times include the kernel map, from unsorted voxels, and read its table. Each timed run comes
 right after one of its own, spconv's too, so that none pays for what another one left in the caches.
 
-Inputs are not negative, as after a ReLU, and weights normal, as trained ones nearly are: the AVX2
-path is faster then. `uniform` has weights of any size alike, `signed` inputs of both signs, too; on
-the other paths the three take the same time. The peak on AVX2 is that of its faster way.
+Inputs are not negative, as after a ReLU: vector paths are faster then. Weights are normal, as trained
+ones nearly are: the AVX2 path is. `uniform` has weights of any size alike, `signed` inputs of both
+signs, too. The peak on AVX2 is that of its faster way.
 """
 
 import argparse

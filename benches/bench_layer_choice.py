@@ -106,7 +106,7 @@ def main() -> None:
             )
     if options.write:
         kept = {name: machine[name] for name in ("cpu", "threads", "torch")}
-        isa = native.ISAS[native.choose_isa()]
+        isa = native.chosen_isa()
         tables = json.loads(options.write.read_text()) if options.write.exists() else {}
         tables[isa] = {"machine": {**kept, "isa": isa, "scene": scene.name}, "times": times}
         options.write.write_text(as_json(tables))

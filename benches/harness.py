@@ -79,7 +79,7 @@ def peak(is_float: bool = False) -> float:
 
 def machine() -> dict[str, Any]:
     """What a figure cannot be read without."""
-    model = platform.processor()
+    model, isas = platform.processor(), native.available_isas()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
@@ -87,7 +87,7 @@ def machine() -> dict[str, Any]:
         model = " ".join(line.split(":")[1].strip() for line in (names[:1] + family[:1]))
     return {
         "cpu": model,
-        "isa": f"{native.ISAS[native.choose_isa()]} (of {', '.join(native.available_isas())})",
+        "isa": f"{native.chosen_isa()} (of {', '.join(isas)})" if isas else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -57,8 +57,8 @@ def measured_times(
             one that ships with the project where left out.
 
     Raises:
-        ValueError: the table has no such instruction set.
-        RuntimeError: isa is None, and there are no compiled kernels.
+        ValueError: the table has no such instruction set, or `FQUANT_CPU_ISA` names none.
+        RuntimeError: isa is None, and there are no compiled kernels, or none for `FQUANT_CPU_ISA` here.
 
     Example:
         >>> machine, times = measured_times("avx2")
@@ -66,7 +66,7 @@ def measured_times(
         ('avx2', 1)
     """
     tables = json.loads(path.read_text())
-    wanted = native.ISAS[native.choose_isa()] if isa is None else isa
+    wanted = native.chosen_isa() if isa is None else isa
     if wanted not in tables:
         raise ValueError(
             f"measured_times: isa must be one of {', '.join(tables)}, as {path.name} has, "

@@ -112,7 +112,7 @@ def _available(loaded: ctypes.CDLL) -> tuple[str, ...]:
 
 
 def describe_isas() -> str:
-    """Returns the instruction set in use and the others there are, in words."""
+    """Returns the best instruction set there is, which is used unless one is forced, and all others."""
     isas = available_isas()
     return f"{isas[-1]} (of {', '.join(isas)})" if isas else ""
 
@@ -137,6 +137,11 @@ def choose_isa(isa: str | None = None) -> int:
             f"{where} one this processor runs ({', '.join(available_isas())}), got {wanted!r}."
         )
     return ISAS.index(wanted)
+
+
+def chosen_isa(isa: str | None = None) -> str:
+    """Returns the name of the instruction set that `choose_isa` gives the number of."""
+    return ISAS[choose_isa(isa)]
 
 
 def pointer(tensor: Tensor | None) -> int | None:

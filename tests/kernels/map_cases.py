@@ -2,17 +2,12 @@
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fquant_kernels import native
 from fquant_kernels.kernel_map import cpu
-
-needs_library = pytest.mark.skipif(
-    native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
-)
 
 
 class MapCase(NamedTuple):

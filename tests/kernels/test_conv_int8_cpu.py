@@ -8,12 +8,10 @@ from hypothesis import strategies as st
 import fquant_kernels
 from fquant_kernels import native
 from fquant_kernels.conv_int8 import cpu, reference
+from tests.kernels.library import needs_library, num_threads
 from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
-from tests.kernels.threads import num_threads
 
-pytestmark = pytest.mark.skipif(
-    native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
-)
+pytestmark = needs_library
 
 
 def isa_params() -> list[object]:
@@ -270,7 +268,7 @@ def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPat
     case = random_case(10, 3, 3)
     for isa in native.available_isas():
         monkeypatch.setenv(native.FORCE_ISA, isa)
-        assert native.ISAS[native.choose_isa()] == isa
+        assert native.chosen_isa() == isa
         fquant_kernels.sparse_conv_int8(*case)
     monkeypatch.setenv(native.FORCE_ISA, "sse9")
     with pytest.raises(ValueError, match=r"FQUANT_CPU_ISA must be one of scalar, avx2.*'sse9'"):

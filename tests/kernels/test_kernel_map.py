@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 
 import fquant_kernels
 from fquant_kernels.kernel_map import cpu, reference
+from tests.kernels.library import needs_library, num_threads
 from tests.kernels.map_cases import (
     MapCase,
     brick_cases,
     kernel_neighbors,
     lists,
     map_cases,
-    needs_library,
     spread_cases,
 )
 from tests.kernels.strategies import SETTINGS
-from tests.kernels.threads import num_threads
 
 
 @SETTINGS

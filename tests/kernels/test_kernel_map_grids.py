@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fquant_kernels.kernel_map import cpu, reference
-from tests.kernels.map_cases import MapCase, kernel_neighbors, lists, needs_library, spread_cases
+from tests.kernels.library import needs_library, num_threads
+from tests.kernels.map_cases import MapCase, kernel_neighbors, lists, spread_cases
 from tests.kernels.strategies import SETTINGS
-from tests.kernels.threads import num_threads
 
 
 @needs_library

@@ -10,13 +10,9 @@ import fquant_kernels
 from fquant_kernels import PairRulebook, native, pair_rulebook
 from fquant_kernels.conv_int8 import cpu, reference
 from fquant_kernels.kernel_map.pairs import pair_rulebook_reference
+from tests.kernels.library import needs_library, num_threads
 from tests.kernels.strategies import SETTINGS, ConvCase, conv_cases
 from tests.kernels.test_conv_int8_cpu import each_isa, random_case
-from tests.kernels.threads import num_threads
-
-needs_library = pytest.mark.skipif(
-    native.why_missing() is not None, reason=f"no compiled kernels: {native.why_missing()}"
-)
 
 
 def assert_same(got: PairRulebook, want: PairRulebook) -> None:

@@ -134,5 +134,5 @@ def pack_weight_for(weight: Tensor, isa: str | None = None) -> tuple[Tensor, str
         weight: `(Cout, K, Cin)` int8.
         isa: one of `native.ISAS`; None for the best this processor has.
     """
-    name = native.ISAS[native.choose_isa(isa)]
+    name = native.chosen_isa(isa)
     return cpu.pack_weight(weight, name), name
